@@ -1,0 +1,68 @@
+# `make demo` and `make test` set themselves up on a fresh machine: git, make, Python >= 3.11 and PyPI are enough.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+VENV ?= .venv
+BIN := $(VENV)/bin
+export LORALINE_VENV := $(VENV)
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup setup-dev demo test test-fast check lint types imports proto check-proto check-lock check-docs lock bench endurance clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install what the demo needs into .venv
+	@tools/setup.sh run
+
+setup-dev: ## Install what the tests need into .venv
+	@tools/setup.sh run
+	@tools/setup.sh dev
+
+demo: setup ## Raw text to answers of the tuned model beside the base's: the whole line, for real, in minutes
+	@$(BIN)/python -m loraline.allinone.demo
+
+test: setup-dev ## Every test that needs no GPU
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: setup-dev ## The tests that take seconds
+	@$(PYTEST) -m "not slow and not packages" $(PYTEST_ARGS)
+
+check: lint types imports check-proto check-docs ## Everything that reads the code without running it
+
+lint: setup-dev ## ruff, and file lengths
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup-dev ## pyright
+	@$(BIN)/pyright
+
+imports: setup-dev ## Who may import whom
+	@$(BIN)/lint-imports
+
+proto: setup-dev ## Generate the stubs of the public contract
+	@PATH="$(PWD)/$(BIN):$$PATH" tools/generate_stubs.sh
+
+check-proto: setup-dev ## Lint the protos and compare the committed stubs with a fresh run
+	@$(BIN)/buf lint
+	@$(BIN)/buf format -d --exit-code >/dev/null || { echo "run: buf format -w"; exit 1; }
+	@fresh=$$(mktemp -d); PATH="$(PWD)/$(BIN):$$PATH" tools/generate_stubs.sh "$$fresh" >/dev/null 2>&1; \
+	  diff -r -x __pycache__ packages/api/src "$$fresh" >/dev/null || { echo "The stubs are not what proto/ says; run: make proto"; exit 1; }; \
+	  rm -r "$$fresh"; echo "stubs match proto/"
+
+check-docs: setup-dev ## Compare generated pages with a fresh run
+	@$(BIN)/python -m loraline.core.diagnostics.page --check
+
+lock: setup-dev ## Write requirements/*.txt anew
+	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh
+
+bench: setup-dev ## Run one benchmark: make bench NAME=artifacts
+	@test -n "$(NAME)" || { echo "NAME is one of: $$(cd benchmarks; ls -d */ | grep -v results | tr -d /  | xargs)"; exit 2; }
+	@$(BIN)/python benchmarks/$(NAME)/bench.py $(ARGS)
+
+endurance: setup-dev ## Run one endurance test: make endurance NAME=jobs
+	@test -n "$(NAME)" || { echo "NAME is one of: $$(cd benchmarks; ls -d */ | xargs -I{} sh -c 'test -f {}endurance.py && echo {}' | tr -d / | xargs)"; exit 2; }
+	@$(BIN)/python benchmarks/$(NAME)/endurance.py $(ARGS)
+
+clean: ## Remove .venv and caches (artifacts in ~/.loraline stay)
+	@rm -rf $(VENV) .pytest_cache .ruff_cache

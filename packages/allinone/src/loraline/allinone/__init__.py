@@ -1,0 +1,1 @@
+"""All four stages in one process: the same components that run apart in a cluster."""

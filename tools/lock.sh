@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Writes the hash-pinned requirements of every way to install Loraline into requirements/. `make lock` runs it.
+# torch stands apart: torch.txt is what PyPI serves (on Linux with the CUDA libraries), torch-cpu.txt the CPU-only wheel
+# for machines that have it in a wheel folder; tools/setup.sh chooses. So no other file names torch, CUDA or triton.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+unset UV_FIND_LINKS PIP_FIND_LINKS # the result must not depend on this machine's wheels
+cuda=() # filled after torch.txt
+
+compile() { # OUTPUT REQUIREMENT... [-- MORE OPTIONS OF UV]
+  local output=$1; shift
+  local input=requirements/.$output.in rest=()
+  : >"$input"
+  while (($#)); do
+    if [[ $1 == -- ]]; then shift; rest=("$@"); break; fi
+    echo "$1" >>"$input"; shift
+  done
+  local skip=() name
+  for name in "${cuda[@]}" loraline-{api,core,client,allinone,datagen,trainer,merger,inference}; do
+    skip+=(--no-emit-package "$name")
+  done
+  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+    --no-emit-index-url --no-emit-find-links --override requirements/overrides.txt \
+    "${skip[@]}" "${rest[@]}" -o "requirements/$output" "$input"
+  rm "$input"
+  echo "requirements/$output: $(grep -c '==' "requirements/$output") packages"
+}
+
+compile torch.txt "torch==2.13.0"
+mapfile -t cuda < <(grep -oE '^(nvidia|cuda)[a-z0-9-]*' requirements/torch.txt; echo torch; echo triton)
+
+api=./packages/api core=./packages/core client=./packages/client
+# One environment for everything on a CPU: the demo, the tests, a laptop.
+compile all.txt "$api" "$core[s3,postgres,testing]" "$client" ./packages/allinone ./services/datagen \
+  "./services/trainer[engine,quantization]" "./services/merger[engine]" "./services/inference[cpu,transformers]"
+# The tools, at versions that live with all.txt.
+compile dev.txt "-r dev.in" -- -c requirements/all.txt
+# One file per image.
+compile datagen.txt "$api" "$core[s3,postgres]" ./services/datagen
+compile trainer.txt "$api" "$core[s3,postgres]" "./services/trainer[engine,quantization]"
+compile merger.txt "$api" "$core[s3,postgres]" "./services/merger[engine]"
+compile inference-cpu.txt "$api" "$core[s3,postgres]" "./services/inference[cpu]"
+compile client.txt "$api" "$client"
