@@ -41,3 +41,6 @@ compile trainer.txt "$api" "$core[s3,postgres]" "./services/trainer[engine,quant
 compile merger.txt "$api" "$core[s3,postgres]" "./services/merger[engine]"
 compile inference-cpu.txt "$api" "$core[s3,postgres]" "./services/inference[cpu]"
 compile client.txt "$api" "$client"
+# On GPUs vLLM brings torch and CUDA itself, so this file names them.
+cuda=()
+compile inference-gpu.txt "$api" "$core[s3,postgres]" "./services/inference[gpu]"

@@ -24,8 +24,6 @@ if [[ -f $stamp && $(cat "$stamp") == "$digest" ]]; then exit 0; fi
 export VIRTUAL_ENV=$PWD/$venv
 [[ $venv == /* ]] && export VIRTUAL_ENV=$venv
 [[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
-# Copying works everywhere; hard links into uv's cache fail across file systems with a warning.
-export UV_LINK_MODE=${UV_LINK_MODE:-copy}
 uv() { "$venv/bin/uv" pip install --quiet --require-hashes --no-deps "$@"; }
 
 if ! "$venv/bin/python" -c 'import importlib.metadata as m; assert m.version("torch").startswith("2.13.0")' 2>/dev/null; then
@@ -33,7 +31,7 @@ if ! "$venv/bin/python" -c 'import importlib.metadata as m; assert m.version("to
     say "torch: the CPU-only build from the wheel folder"
   else
     say "torch: the build on PyPI (on Linux with CUDA libraries: about 3 GB, once)"
-    uv -r requirements/torch.txt
+    (unset UV_FIND_LINKS; uv -r requirements/torch.txt)
   fi
 fi
 say "installing the pinned packages (a minute or two the first time)"

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _with_password(url: str, file: Path) -> str:
+    """Return the URL `scheme://user@host/…` with the file's first line as the password."""
+    parts = urlsplit(url)
+    if parts.password or not parts.username:
+        return url
+    password = quote(file.read_text(encoding="utf-8").strip(), safe="")
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f"{parts.username}@", f"{parts.username}:{password}@", 1)))
 
 
 class CoreSettings(BaseSettings):
@@ -18,6 +28,8 @@ class CoreSettings(BaseSettings):
     """Folder for the database, the local store, caches and job work folders."""
     database_url: str = ""
     """`sqlite:///…` (default, in data_dir) or `postgresql://user:password@host/db`."""
+    database_password_file: Path | None = None
+    """File that holds the database password, put into database_url where that has none."""
     store_url: str = ""
     """`file:///folder` (default, in data_dir) or `s3://bucket/optional/prefix`."""
     s3_endpoint: str = "127.0.0.1:9000"
@@ -76,6 +88,9 @@ class CoreSettings(BaseSettings):
         self.data_dir = self.data_dir.expanduser().absolute()
         if not self.database_url:
             self.database_url = f"sqlite:///{self.data_dir / 'loraline.db'}"
+        if self.database_password_file:
+            self.database_url = _with_password(self.database_url, self.database_password_file)
+            self.database_password_file = None  # done; a second reading must not put it in twice
         if not self.store_url:
             self.store_url = f"file://{self.data_dir / 'store'}"
         if self.keys_file is None:

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Writes the secrets of docker-compose.yml into deploy/compose/secrets: random, readable by their owner and by uid 10001.
+
+Needs nothing but Python. Existing files are kept, so it is safe to repeat. The API key for clients is then in the file
+`api_key`; the services only see its hash in `api_keys.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent / "secrets"
+
+
+def _write(name: str, text: str) -> None:
+    path = FOLDER / name
+    path.write_text(text, encoding="utf-8")
+    # The containers run as uid 10001 and bind-mounted secrets keep their mode; the folder itself is closed to others.
+    path.chmod(0o644)
+
+
+def main() -> int:
+    """Write what is missing and say where it is."""
+    FOLDER.mkdir(mode=0o755, exist_ok=True)
+    for name in ("postgres_password", "minio_secret_key"):
+        if not (FOLDER / name).exists():
+            _write(name, secrets.token_urlsafe(24))
+    if not (FOLDER / "llm_api_key").exists():
+        _write("llm_api_key", os.environ.get("LLM_API_KEY", ""))
+    if not (FOLDER / "api_keys.json").exists():
+        identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+        entry = {
+            "id": identity,
+            "name": "compose",
+            "roles": ["operate"],
+            "secret_sha256": hashlib.sha256(secret.encode()).hexdigest(),
+            "create_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        _write("api_keys.json", json.dumps({"keys": [entry]}, indent=2) + "\n")
+        _write("api_key", f"lora_{identity}_{secret}\n")
+    print(f"secrets are in {FOLDER}; clients: export LORALINE_API_KEY=$(cat {FOLDER / 'api_key'})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
