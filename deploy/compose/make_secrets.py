@@ -34,13 +34,13 @@ def main() -> int:
     if not (FOLDER / "llm_api_key").exists():
         _write("llm_api_key", os.environ.get("LLM_API_KEY", ""))
     if not (FOLDER / "api_keys.json").exists():
-        identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+        identity, secret = secrets.token_hex(4), secrets.token_hex(24)
         entry = {
             "id": identity,
             "name": "compose",
             "roles": ["operate"],
-            "secret_sha256": hashlib.sha256(secret.encode()).hexdigest(),
-            "create_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         _write("api_keys.json", json.dumps({"keys": [entry]}, indent=2) + "\n")
         _write("api_key", f"lora_{identity}_{secret}\n")
