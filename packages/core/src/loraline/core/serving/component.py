@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
-from prometheus_client import CollectorRegistry
-
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.config import CoreSettings
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.queue import JobQueue
+from prometheus_client import CollectorRegistry
 
 if TYPE_CHECKING:
     from loraline.core.db.database import Database
+    from loraline.core.serving.metrics import JobMetrics
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Platform:
     library: ArtifactLibrary
     jobs: JobQueue
     registry: CollectorRegistry
+    job_metrics: JobMetrics | None = None
+    """Hears of jobs; shared by the queue and the runners."""
 
 
 async def _nothing() -> None:

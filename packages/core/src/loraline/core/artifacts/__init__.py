@@ -1,0 +1,1 @@
+"""Immutable, versioned, verified folders: how stages exchange what they make."""

@@ -1,0 +1,1 @@
+"""The platform's database: SQLite on one machine, Postgres for many replicas."""

@@ -1,0 +1,103 @@
+"""The same API keys in front of a stage's HTTP app, refusing in the error shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from loraline.core.errors import LoralineError
+from loraline.core.serving.auth import (
+    ANONYMOUS,
+    KeyRing,
+    Principal,
+    missing_key,
+    role_missing,
+    set_principal,
+    unknown_key,
+)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/health", "/healthz"})
+"""Paths that answer without a key; they must tell nothing but whether the server is well."""
+OPERATE_PREFIXES = ("/admin/",)
+"""Paths that need `operate`; all others are open to `chat` too."""
+
+
+class HttpKeyAuth:
+    """ASGI middleware: lets a request through when its key is known and its role suffices; 401 or 403 otherwise.
+
+    The key is read from `Authorization: Bearer` or `x-api-key`. `ring` None means that authentication is off. The
+    caller is in `scope["state"]["principal"]` and in `current_principal()`.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        ring: KeyRing | None,
+        *,
+        open_paths: frozenset[str] = OPEN_PATHS,
+        operate_prefixes: tuple[str, ...] = OPERATE_PREFIXES,
+    ):
+        self._app = app
+        self._ring = ring
+        self._open_paths = open_paths
+        self._operate_prefixes = operate_prefixes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        try:
+            principal = self._authenticate(scope)
+        except LoralineError as error:
+            await _refuse(scope, receive, send, error)
+            return
+        scope.setdefault("state", {})["principal"] = principal
+        set_principal(principal)
+        await self._app(scope, receive, send)
+
+    def _authenticate(self, scope: Scope) -> Principal | None:
+        if self._ring is None:
+            return ANONYMOUS
+        path = scope["path"]
+        if scope["type"] == "http" and path in self._open_paths:
+            return None
+        key = _key_of(scope)
+        if not key:
+            raise missing_key()
+        principal = self._ring.verify(key)
+        if principal is None:
+            raise unknown_key()
+        if "operate" not in principal.roles and path.startswith(self._operate_prefixes):
+            raise role_missing(principal, path)
+        return principal
+
+
+def _key_of(scope: Scope) -> str:
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    authorization = headers.get(b"authorization", b"").decode("latin-1")
+    scheme, _, key = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1").strip()
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, error: LoralineError) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008, "reason": error.reason})
+        return
+    denied = error.reason == "ROLE_MISSING"
+    kind = "permission_error" if denied else "authentication_error"
+    body = json.dumps({"error": {"message": error.message, "type": kind, "param": None, "code": error.reason.lower()}})
+    headers = [(b"content-type", b"application/json")]
+    if not denied:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": 403 if denied else 401, "headers": headers})
+    await send({"type": "http.response.body", "body": body.encode()})

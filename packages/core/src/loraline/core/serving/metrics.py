@@ -1,0 +1,91 @@
+"""Counters that the job engine and the artifact library feed. Labels are kinds and states, never names of jobs."""
+
+from __future__ import annotations
+
+from loraline.core.jobs.model import QueueState
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+_JOB_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)
+_ARTIFACT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)
+
+
+class JobMetrics:
+    """The job engine's observer: durations, waits, take-overs."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self._submitted = Counter(
+            "loraline_jobs_submitted", "Jobs queued by calls to this server.", ["kind"], registry=registry
+        )
+        self._waits = Histogram(
+            "loraline_job_queue_seconds",
+            "How long jobs waited before this server started them.",
+            ["kind"],
+            buckets=_JOB_SECONDS,
+            registry=registry,
+        )
+        self._durations = Histogram(
+            "loraline_job_duration_seconds",
+            "How long an attempt ran, by the state that it led to.",
+            ["kind", "state"],
+            buckets=_JOB_SECONDS,
+            registry=registry,
+        )
+        self._takeovers = Counter(
+            "loraline_job_lease_takeovers", "Jobs taken over from runners gone silent.", ["kind"], registry=registry
+        )
+
+    def announce(self, kinds: list[str]) -> None:
+        """Show the series of these kinds at zero, so that an alert on an increase sees the first one."""
+        for kind in kinds:
+            self._submitted.labels(kind)
+            self._takeovers.labels(kind)
+            for state in ("succeeded", "failed"):
+                self._durations.labels(kind, state)
+
+    def job_submitted(self, kind: str) -> None:
+        """Count a new job."""
+        self._submitted.labels(kind).inc()
+
+    def job_started(self, kind: str, queue_seconds: float) -> None:
+        """Record how long the job had waited."""
+        self._waits.labels(kind).observe(queue_seconds)
+
+    def job_finished(self, kind: str, state: str, seconds: float) -> None:
+        """Record how long the attempt took."""
+        self._durations.labels(kind, state.lower()).observe(seconds)
+
+    def lease_takeover(self, kind: str) -> None:
+        """Count a take-over."""
+        self._takeovers.labels(kind).inc()
+
+    def queue_state(self, state: QueueState) -> None:
+        """Do nothing: queue lengths are read from the table when someone asks."""
+
+
+class ArtifactMetrics:
+    """The artifact library's observer: bytes, durations, and files that did not match their digests."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self._bytes = Counter(
+            "loraline_artifact_bytes", "Bytes of artifacts written or read.", ["operation"], registry=registry
+        )
+        self._seconds = Histogram(
+            "loraline_artifact_operation_seconds",
+            "How long an operation on an artifact took.",
+            ["operation"],
+            buckets=_ARTIFACT_SECONDS,
+            registry=registry,
+        )
+        self._failures = Counter(
+            "loraline_artifact_verification_failures", "Artifacts whose content did not match.", registry=registry
+        )
+        for operation in ("publish", "publish_unchanged", "fetch", "verify"):
+            self._bytes.labels(operation)
+
+    def __call__(self, event: str, seconds: float, size_bytes: int) -> None:
+        """Record one finished operation of the library."""
+        if event == "verify_failure":
+            self._failures.inc()
+            return
+        self._bytes.labels(event).inc(size_bytes)
+        self._seconds.labels(event).observe(seconds)
