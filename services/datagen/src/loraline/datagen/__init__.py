@@ -1,0 +1,1 @@
+"""Datagen: raw files, templates and language models to datasets."""

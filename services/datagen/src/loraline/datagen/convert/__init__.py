@@ -1,0 +1,1 @@
+"""Raw files, in the shapes people really have, to messages rows."""

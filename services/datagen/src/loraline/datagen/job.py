@@ -1,0 +1,184 @@
+"""What a dataset job does in its own process: make the rows, split them, check them, publish them."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import json_format
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.datagen.v1 import datagen_pb2
+from loraline.core.artifacts.refs import format_ref
+from loraline.core.jobs.context import JobContext
+from loraline.datagen.convert.engine import ConvertCounts
+from loraline.datagen.llms.hooks import Hooks
+from loraline.datagen.publish.card import DataCard
+from loraline.datagen.publish.spool import RowSpool
+from loraline.datagen.quality.checks import check_folder
+from loraline.datagen.quality.findings import Finding
+from loraline.datagen.quality.gate import Gate, refusal
+from loraline.datagen.rows import Row
+from loraline.datagen.sources import convert_rows, llm_rows, template_rows
+from loraline.datagen.spec import gate_of, named_sources, split_of
+
+if TYPE_CHECKING:
+    from loraline.datagen.llms.intake import Intake
+
+REPORT_EVERY = 500
+
+Source = tuple[str, datagen_pb2.DatasetSource]
+
+
+def convert_dataset(context: JobContext, request: datagen_pb2.ConvertDatasetRequest) -> datagen_pb2.DatasetResult:
+    """Convert raw files into a dataset."""
+    sources = [("convert", datagen_pb2.DatasetSource(name="convert", convert=request.source))]
+    return _DatasetJob(context, request, sources).run()
+
+
+def generate_dataset(context: JobContext, request: datagen_pb2.GenerateDatasetRequest) -> datagen_pb2.DatasetResult:
+    """Make a dataset from any mix of sources."""
+    return _DatasetJob(context, request, named_sources(request.sources)).run()
+
+
+class _DatasetJob:
+    """One dataset on its way. Only the ledgers of language models outlive an attempt; all else is made anew."""
+
+    def __init__(
+        self, context: JobContext, sources_of: datagen_pb2.ConvertDatasetRequest | datagen_pb2.GenerateDatasetRequest,
+        sources: Sequence[Source],
+    ):  # fmt: skip
+        self._context, self._request, self._sources = context, sources_of, sources
+        self._gate: Gate = gate_of(sources_of.gate)
+        self._fraction, self._seed = split_of(sources_of.split)
+        self._outcomes: Counter[str] = Counter()
+        self._told: list[Mapping[str, Any]] = []
+        self._total = sum(source.template.rows + source.llm.rows for _, source in sources)
+
+    def run(self) -> datagen_pb2.DatasetResult:
+        """Make and publish the dataset."""
+        spool = RowSpool(self._context.workdir, drop_duplicates=self._gate.drop_duplicates)
+        try:
+            for index, (name, source) in enumerate(self._sources):
+                self._take(index, name, source, spool)
+            return self._publish(spool)
+        finally:
+            spool.close()
+
+    def _take(self, index: int, name: str, source: datagen_pb2.DatasetSource, spool: RowSpool) -> None:
+        kind = source.WhichOneof("source")
+        if kind == "convert":
+            counts = ConvertCounts()
+            rows = convert_rows(source.convert, self._context.settings.allowed_paths, self._context.fetch, counts)
+            self._spool(rows, name, spool)
+            self._tell_convert(name, counts)
+        elif kind == "template":
+            self._spool(template_rows(source.template, self._seed, name), name, spool)
+            self._told.append({"name": name, "kind": "template"})
+        else:
+            self._ask(index, name, source.llm, spool)
+
+    def _spool(self, rows: Iterator[Row], name: str, spool: RowSpool) -> None:
+        for number, row in enumerate(rows):
+            if number % REPORT_EVERY == 0:
+                self._context.check_stop()
+                self._report(name, spool)
+            spool.add(row, name)
+        self._report(name, spool)
+
+    def _report(self, name: str, spool: RowSpool, metrics: Mapping[str, float] | None = None) -> None:
+        told = {f"rows_{name}": float(spool.outcomes[name]) for name in ("accepted", "duplicate")}
+        self._context.progress(
+            step=spool.outcomes["accepted"], total_steps=max(self._total, 0), message=f"Making rows of {name}",
+            unit="row", metrics={**told, **(metrics or {})},
+        )  # fmt: skip
+
+    def _tell_convert(self, name: str, counts: ConvertCounts) -> None:
+        self._outcomes.update(counts.outcomes)
+        if counts.bad_records:
+            self._context.note(
+                f"{counts.outcomes['bad_record']} records of {name} were set aside. The first: {counts.bad_records[0]}",
+                severity="warning", reason="BAD_RECORDS",
+            )  # fmt: skip
+        if counts.ignored_files:
+            self._context.note(
+                f"Files of {name} that are not converted: {', '.join(counts.ignored_files[:20])}",
+                reason="FILES_IGNORED",
+            )  # fmt: skip
+        self._told.append({
+            "name": name, "kind": "convert", "files": dict(counts.files), "shapes": dict(counts.shapes),
+            "outcomes": dict(counts.outcomes), "turn_notes": dict(counts.notes), "bad_records": counts.bad_records,
+            "ignored_files": counts.ignored_files,
+        })  # fmt: skip
+
+    def _ask(self, index: int, name: str, recipe: datagen_pb2.LlmRecipe, spool: RowSpool) -> None:
+        context = self._context
+        hooks = Hooks(
+            progress=lambda intake: self._report(name, spool, _llm_figures(intake)),
+            note=lambda reason, message: context.note(message, severity="warning", reason=reason),
+            stopping=lambda: bool(context.stop_cause),
+            check_stop=context.check_stop,
+        )
+        ledger = context.workdir / f"llm-{index + 1}" / "ledger.jsonl"
+        intake = llm_rows(recipe, self._seed, name, ledger, lambda row: spool.add(row, name), hooks)
+        self._outcomes.update(intake.outcomes)
+        self._told.append({
+            "name": name, "kind": "llm", "recipe": recipe.recipe, "models": dict(intake.models),
+            "outcomes": dict(intake.outcomes), "candidates": intake.candidates, "salvage": dict(intake.rungs),
+            "prompt_tokens": intake.prompt_tokens, "completion_tokens": intake.completion_tokens,
+        })  # fmt: skip
+
+    def _publish(self, spool: RowSpool) -> datagen_pb2.DatasetResult:
+        context = self._context
+        outcomes = Counter(self._outcomes)
+        outcomes.update(spool.outcomes)
+        if not len(spool):
+            told = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items())) or "no records at all"
+            raise refusal([Finding("EMPTY_DATASET", f"No row came out of the sources ({told}).")])
+        folder = context.workdir / "dataset"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        train, validation = spool.write(folder, self._fraction, self._seed)
+        findings = check_folder(folder).findings()
+        refused = self._gate.refused(findings)
+        if refused:
+            raise refusal(refused)
+        inputs = self._inputs()
+        settings = json_format.MessageToDict(self._request, preserving_proto_field_name=True)
+        settings.pop("request_id", None)
+        DataCard(
+            self._request.name, train, validation, spool.statistics, outcomes, settings,
+            [format_ref(ref) for ref in inputs], findings, self._told,
+        ).write(folder)  # fmt: skip
+        facts = {"rows": train + validation, "train_rows": train, "validation_rows": validation,
+                 "answers": spool.statistics.answers, "rows_by_kind": dict(spool.statistics.by_kind)}  # fmt: skip
+        artifact = publish_folder(context, self._request.name, folder, inputs, settings, facts)
+        return datagen_pb2.DatasetResult(
+            dataset=artifact.ref, train_rows=train, validation_rows=validation, rows_by_outcome=outcomes,
+            rows_by_kind=spool.statistics.by_kind, findings=[finding.to_proto() for finding in findings],
+        )  # fmt: skip
+
+    def _inputs(self) -> list[artifact_pb2.ArtifactRef]:
+        converts = [source.convert for _, source in self._sources]
+        return [convert.artifact for convert in converts if convert.WhichOneof("location") == "artifact"]
+
+
+def _llm_figures(intake: Intake) -> dict[str, float]:
+    return {
+        "candidates": float(intake.candidates), "prompt_tokens": float(intake.prompt_tokens),
+        "completion_tokens": float(intake.completion_tokens), "timeouts": float(intake.outcomes["timeout"]),
+    }  # fmt: skip
+
+
+def publish_folder(
+    context: JobContext, name: str, folder: Path, inputs: Sequence[artifact_pb2.ArtifactRef],
+    settings: Mapping[str, Any], facts: Mapping[str, Any], kind: int = artifact_pb2.ARTIFACT_KIND_DATASET,
+) -> artifact_pb2.Artifact:  # fmt: skip
+    """Publish a folder with this package's version in its manifest."""
+    versions = {"loraline-datagen": version("loraline-datagen")}
+    return context.publish(
+        kind, name, folder, inputs=inputs, settings=settings, facts=facts, library_versions=versions
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Rows written by a language model behind an OpenAI-compatible endpoint."""

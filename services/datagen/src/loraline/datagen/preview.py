@@ -1,0 +1,44 @@
+"""First rows of a source, made in the calling process and published nowhere."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from loraline.api.datagen.v1 import datagen_pb2
+from loraline.core.errors import LoralineError, resource_exhausted
+from loraline.core.jobs.handlers import JobPaused
+from loraline.datagen.convert.engine import ConvertCounts
+from loraline.datagen.rows import Row
+from loraline.datagen.sources import Fetch, convert_rows, llm_rows, template_rows
+
+DEFAULT_ROWS = 5
+
+
+def preview(source: datagen_pb2.DatasetSource, rows: int, seed: int, allowed: list[Path], fetch: Fetch) -> list[Row]:
+    """Return up to `rows` rows (5 for 0); a language model is asked for no more than that many, once or a few times."""
+    wanted = rows or DEFAULT_ROWS
+    kind = source.WhichOneof("source")
+    name = source.name or kind or ""
+    if kind == "convert":
+        return list(islice(convert_rows(source.convert, allowed, fetch, ConvertCounts()), wanted))
+    if kind == "template":
+        # The whole recipe: its first rows are those that a job with the same seed begins with.
+        return list(islice(template_rows(source.template, seed, name), wanted))
+    return _ask(source.llm, wanted, seed, name)
+
+
+def _ask(recipe: datagen_pb2.LlmRecipe, wanted: int, seed: int, name: str) -> list[Row]:
+    few = datagen_pb2.LlmRecipe()
+    few.CopyFrom(recipe)
+    few.rows = min(wanted, recipe.rows)
+    few.quota_policy = datagen_pb2.QUOTA_POLICY_PAUSE
+    rows: list[Row] = []
+    try:
+        llm_rows(few, seed, name, None, rows.append)
+    except JobPaused as paused:
+        raise resource_exhausted(paused.reason, paused.message) from paused
+    except LoralineError as error:
+        if error.reason != "LLM_CANDIDATES_EXHAUSTED" or not rows:
+            raise
+    return rows

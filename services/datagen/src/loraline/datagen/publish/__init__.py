@@ -1,0 +1,1 @@
+"""Rows to a dataset's folder: duplicates, split, files, data card."""

@@ -1,0 +1,1 @@
+"""What is found wrong with a dataset, with row numbers and remedies."""

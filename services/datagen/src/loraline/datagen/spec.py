@@ -1,0 +1,191 @@
+"""Requests as the domain has them: checked, with defaults, free of the wire's forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.datagen.v1 import datagen_pb2
+from loraline.core.errors import invalid_argument, unsupported
+from loraline.datagen.convert.engine import ConvertSettings
+from loraline.datagen.llms.prompting import LlmSettings
+from loraline.datagen.llms.recipes import find_recipe, with_schema
+from loraline.datagen.publish.split import DEFAULT_FRACTION
+from loraline.datagen.quality.gate import Gate
+from loraline.datagen.template.engine import Template, TemplateFormat, TemplateSettings, Weighted
+from loraline.datagen.template.places import pools_in
+
+FORMATS: dict[int, TemplateFormat] = {
+    datagen_pb2.OUTPUT_FORMAT_UNSPECIFIED: "newline",
+    datagen_pb2.OUTPUT_FORMAT_NEWLINE: "newline",
+    datagen_pb2.OUTPUT_FORMAT_JSON: "json",
+}
+
+
+def split_of(split: datagen_pb2.Split) -> tuple[float, int]:
+    """Return the validation fraction and the seed."""
+    fraction = split.validation_fraction if split.HasField("validation_fraction") else DEFAULT_FRACTION
+    return fraction, split.seed
+
+
+def gate_of(gate: datagen_pb2.QualityGate) -> Gate:
+    """Return the gate; NOT_SUPPORTED for its fields that need a tokenizer or a language rule."""
+    for field in ("base_model", "max_length", "max_response_characters", "language"):
+        if _is_set(gate, field):
+            raise unsupported(f"gate.{field}", "Leave it unset.")
+    checked = Gate(frozenset(gate.refuse_codes), frozenset(gate.allow_codes), gate.drop_duplicates)
+    checked.check_codes()
+    return checked
+
+
+def _is_set(message: Any, field: str) -> bool:
+    return any(descriptor.name == field for descriptor, _ in message.ListFields())
+
+
+def named_sources(sources: Sequence[datagen_pb2.DatasetSource]) -> list[tuple[str, datagen_pb2.DatasetSource]]:
+    """Return the sources with names; INVALID_ARGUMENT when two share one."""
+    named: list[tuple[str, datagen_pb2.DatasetSource]] = []
+    for index, source in enumerate(sources):
+        kind = source.WhichOneof("source") or ""
+        name = source.name or (kind if len(sources) == 1 else f"{kind}-{index + 1}")
+        if any(name == other for other, _ in named):
+            raise invalid_argument(
+                "SOURCE_NAME_TWICE", f"Two sources are named {name!r}. Give each its own name.",
+                **{f"sources[{index}]__name": "used twice"},
+            )  # fmt: skip
+        named.append((name, source))
+    return named
+
+
+def check_source(source: datagen_pb2.DatasetSource, field: str = "source") -> None:
+    """Raise what is wrong with a source, as far as its request tells."""
+    kind = source.WhichOneof("source")
+    if kind == "convert":
+        check_location(source.convert, f"{field}.convert")
+    elif kind == "template":
+        template_of(source.template, f"{field}.template")
+    elif kind == "llm":
+        llm_of(source.llm, f"{field}.llm")
+
+
+def check_location(source: datagen_pb2.ConvertSource, field: str) -> None:
+    """INVALID_ARGUMENT when the artifact is of another kind than source."""
+    artifact = source.artifact
+    if source.WhichOneof("location") == "artifact" and artifact.kind != artifact_pb2.ARTIFACT_KIND_SOURCE:
+        raise invalid_argument(
+            "ARTIFACT_KIND_WRONG", f"{field}.artifact must be a source artifact: raw files, uploaded as kind source.",
+            **{f"{field}.artifact.kind": "must be ARTIFACT_KIND_SOURCE"},
+        )  # fmt: skip
+
+
+def convert_of(source: datagen_pb2.ConvertSource) -> ConvertSettings:
+    """Return the settings of a conversion."""
+    return ConvertSettings(
+        source.character.strip(), tuple(source.character_aliases), source.system_prompt, source.default_prompt.strip(),
+        source.skip_bad_records,
+    )  # fmt: skip
+
+
+def template_of(recipe: datagen_pb2.TemplateRecipe, field: str) -> TemplateSettings:
+    """Return the checked recipe; INVALID_ARGUMENT names the template and what is wrong with it."""
+    pools = {name: _pool(pool) for name, pool in recipe.pools.items()}
+    shares: list[tuple[TemplateFormat, float]]
+    shares = [(FORMATS[share.format], share.weight) for share in recipe.formats] or [("newline", 1.0)]
+    wanted = {name for name, _ in shares}
+    templates: list[Template] = []
+    for index, template in enumerate(recipe.templates):
+        place = f"{field}.templates[{index}]"
+        response_json = json_value(template.response_json) if template.HasField("response_json") else None
+        _check_answers(template, response_json, wanted, place)
+        used = pools_in(template.prompt) | pools_in(template.response if "newline" in wanted else "")
+        used |= pools_in(response_json) if "json" in wanted else set()
+        missing = sorted(used - pools.keys())
+        if missing:
+            raise invalid_argument(
+                "POOL_MISSING", f"{place} names {', '.join(missing)}, and there is no such pool (there are "
+                f"{', '.join(sorted(pools)) or 'none'}). Add it, or write {{{{ and }}}} for plain braces.",
+                **{place: f"no pool {', '.join(missing)}"},
+            )  # fmt: skip
+        templates.append(
+            Template(template.prompt, template.response, response_json, template.weight or 1.0, tuple(sorted(used)))
+        )
+    return TemplateSettings(pools, templates, recipe.rows, shares, recipe.system_prompt)
+
+
+def _check_answers(template: datagen_pb2.RowTemplate, response_json: Any, wanted: set[str], place: str) -> None:
+    if not template.prompt.strip():
+        raise invalid_argument("TEMPLATE_EMPTY", f"{place}.prompt is blank.", **{f"{place}.prompt": "blank"})
+    if "newline" in wanted and not template.response.strip():
+        raise invalid_argument(
+            "TEMPLATE_WITHOUT_RESPONSE", f"{place} has no response, and NEWLINE rows are wanted. Write it.",
+            **{f"{place}.response": "missing"},
+        )  # fmt: skip
+    if "json" in wanted and not response_json:
+        raise invalid_argument(
+            "TEMPLATE_WITHOUT_RESPONSE", f"{place} has no response_json, and JSON rows are wanted. Write it.",
+            **{f"{place}.response_json": "missing"},
+        )  # fmt: skip
+
+
+def _pool(pool: datagen_pb2.Pool) -> Weighted:
+    """Return the pool with equal texts joined: they are one value, drawn as often as all of them."""
+    weights: dict[str, float] = {}
+    for item in pool.items:
+        weights[item.text] = weights.get(item.text, 0.0) + (item.weight or 1.0)
+    return Weighted(tuple(weights), tuple(weights.values()))
+
+
+def llm_of(recipe: datagen_pb2.LlmRecipe, field: str) -> LlmSettings:
+    """Return the checked recipe; NOT_SUPPORTED for fields that this version does not serve."""
+    if len(recipe.endpoints) > 1:
+        raise unsupported(f"{field}.endpoints with more than one entry", "Name one endpoint.")
+    if recipe.max_cost_usd:
+        raise unsupported(f"{field}.max_cost_usd", "Bound the calls with max_candidates_ratio.")
+    if recipe.language:
+        raise unsupported(f"{field}.language", "Say the language in the brief.")
+    built_in = find_recipe(recipe.recipe)
+    if recipe.HasField("item_schema"):
+        built_in = with_schema(built_in, json_value(recipe.item_schema))
+    return LlmSettings(
+        built_in, recipe.rows, recipe.batch_size or 10,
+        recipe.temperature if recipe.HasField("temperature") else 0.8,
+        recipe.system_prompt, recipe.brief, tuple(recipe.topics), tuple(recipe.personas), tuple(recipe.styles),
+        tuple((shot.prompt, shot.response) for shot in recipe.few_shots),
+        "wait" if recipe.quota_policy == datagen_pb2.QUOTA_POLICY_WAIT else "pause",
+        _seconds(recipe, "max_wait", 3600.0), recipe.max_candidates_ratio or 3.0,
+        _seconds(recipe, "request_timeout", 120.0), recipe.max_tokens,
+    )  # fmt: skip
+
+
+def endpoint_of(recipe: datagen_pb2.LlmRecipe) -> tuple[str, str]:
+    """Return the name and the model of the recipe's endpoint; empty for the defaults."""
+    endpoint = recipe.endpoints[0] if recipe.endpoints else datagen_pb2.LlmEndpoint()
+    return endpoint.name, endpoint.model
+
+
+def _seconds(message: datagen_pb2.LlmRecipe, field: str, default: float) -> float:
+    if not message.HasField(field):  # type: ignore[arg-type]
+        return default
+    seconds = float(getattr(message, field).ToTimedelta().total_seconds())
+    if seconds <= 0:
+        problem = {field: "must be positive"}
+        raise invalid_argument("DURATION_INVALID", f"{field} must be longer than nothing.", **problem)
+    return seconds
+
+
+def json_value(struct: Struct) -> Any:
+    """Return a Struct as JSON values; whole numbers come back as integers."""
+    return _whole(json_format.MessageToDict(struct))
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, dict):
+        return {name: _whole(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    return value

@@ -1,0 +1,1 @@
+"""Rows from pools and templates: seeded, reproducible, without a model."""
