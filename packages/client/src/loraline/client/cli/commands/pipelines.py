@@ -1,0 +1,122 @@
+"""`loraline run`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from loraline.client.cli.app import App, Invocation, invocation
+from loraline.client.cli.commands.jobs import next_for
+from loraline.client.cli.failures import FAILED, INTERRUPTED, CommandFailed, exit_code, tell
+from loraline.client.cli.output import Output
+from loraline.client.cli.progress import View, view
+from loraline.client.cli.summary import report_data, tell_answers, tell_checks, tell_places, tell_stages
+from loraline.client.errors import JobNotSuccessful
+from loraline.client.pipeline.plan import plan
+from loraline.client.pipeline.reading import read_pipeline
+from loraline.client.pipeline.report import PipelineReport
+from loraline.client.pipeline.run import PipelineRun, StageFailed
+from loraline.client.pipeline.spec import PipelineSpec
+
+
+def register(app: App) -> None:
+    """Add the command."""
+    app.command("run")(run)
+
+
+def run(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline file.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the file and show the stages; ask no server.")
+    ] = False,
+) -> None:
+    """Run a pipeline file: data, base model, training, merge, serving, questions.
+
+    Run it again at any time: finished stages are taken as they are, a running job is followed, a failed or
+    cancelled one goes on from its last state. Only what changed in the file, or in its inputs, is done anew.
+    Ctrl-C leaves the jobs running.
+
+    Examples:
+
+      loraline run examples/persona/pipeline.yaml
+      loraline run pipeline.yaml --dry-run
+      loraline run pipeline.yaml --format json | tail -1
+    """
+    spec = read_pipeline(pipeline)
+    called = invocation()
+    if dry_run:
+        _tell_plan(called.output, spec)
+        return
+    report = execute(called, spec)
+    checks = report.checks()
+    output = called.output
+    if output.json:
+        output.data(report_data(report, checks))
+    else:
+        tell_answers(output, report.answers)
+        tell_stages(output, report)
+        tell_checks(output, checks)
+        tell_places(output, report)
+        _tell_next(output, spec)
+    if not all(check.passed for check in checks):
+        raise CommandFailed(FAILED)
+
+
+def execute(called: Invocation, spec: PipelineSpec) -> PipelineReport:
+    """Run a pipeline and show it; CommandFailed after the failure of a stage was told, or after Ctrl-C."""
+    output = called.output
+    active: list[PipelineRun] = []
+
+    async def work(shown: View) -> PipelineReport:
+        async with called.async_client() as client:
+            active.append(PipelineRun(client, spec, shown))
+            return await active[0].run()
+
+    try:
+        with view(output) as shown:
+            return asyncio.run(work(shown))
+    except StageFailed as failure:
+        if os.environ.get("LORALINE_DEBUG") == "1":
+            raise
+        _tell_failure(output, spec, failure)
+        raise CommandFailed(exit_code(failure.error)) from None
+    except KeyboardInterrupt:
+        _tell_detached(output, spec, active[0].live_jobs if active else {})
+        raise CommandFailed(INTERRUPTED) from None
+
+
+def _tell_plan(output: Output, spec: PipelineSpec) -> None:
+    stages = plan(spec)
+    if output.json:
+        output.data([{"stage": stage.name, "what": stage.what, "needs": list(stage.needs)} for stage in stages])
+        return
+    output.table(["stage", "does", "after"], [[stage.name, stage.what, ", ".join(stage.needs)] for stage in stages])
+
+
+def _tell_failure(output: Output, spec: PipelineSpec, failure: StageFailed) -> None:
+    error = failure.error
+    then = f"loraline run {spec.file}   (goes on where it stopped)"
+    if isinstance(error, JobNotSuccessful):
+        then = f"{next_for(error.job)}, or once more: loraline run {spec.file}"
+    tell(output, error, where=f"stage {failure.stage} of {spec.file}", then="" if error.unreachable else then)
+    for stage, job in failure.running.items():
+        output.say(f"  {stage} goes on: loraline jobs watch {job}")
+
+
+def _tell_detached(output: Output, spec: PipelineSpec, live: dict[str, str]) -> None:
+    print_line = output.err.print
+    print_line(f"\nDetached. Take it up again: loraline run {spec.file}", soft_wrap=True)
+    for stage, job in live.items():
+        line = f"  {stage} goes on: loraline jobs watch {job}   stop it: loraline jobs cancel {job}"
+        print_line(line, soft_wrap=True)
+
+
+def _tell_next(output: Output, spec: PipelineSpec) -> None:
+    output.say("")
+    if spec.serve is not None and spec.serve.adapter:
+        output.say(f"talk to it: loraline chat --model {spec.name}@{spec.serve.alias}")
+    elif spec.serve is not None:
+        output.say("talk to it: loraline chat")

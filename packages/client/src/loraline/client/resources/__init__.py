@@ -1,0 +1,1 @@
+"""One module per service: what a client can ask of it."""
