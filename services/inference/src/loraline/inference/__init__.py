@@ -1,0 +1,1 @@
+"""Inference: models and adapters in; proven, streamed, structured answers out."""

@@ -1,0 +1,196 @@
+"""The adapters of one engine: checked, loaded, proven, swapped out when there is no room."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import structlog
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
+from loraline.core.artifacts.library import ArtifactLibrary
+from loraline.core.artifacts.refs import format_ref
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, resource_exhausted
+from loraline.inference.adapters.checks import check_adapter
+from loraline.inference.adapters.names import internal_name, served_name
+from loraline.inference.adapters.proof import Proof, prove_adapter, prove_without_evidence, read_evidence
+from loraline.inference.base_model import LocalBase
+from loraline.inference.engines.chat_format import ChatFormat
+from loraline.inference.engines.port import Engine, EngineRefused
+from loraline.inference.metrics import InferenceMetrics
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass
+class ServedAdapter:
+    """An adapter that can be asked; in the engine now, or loaded again at first use."""
+
+    ref: ArtifactRef
+    """Exact."""
+    internal: str
+    rank: int
+    proof: Proof
+    resident: bool = True
+    load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    users: int = 0
+    """Requests that it answers now."""
+    free: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while it answers none."""
+    last_used: int = 0
+
+    def __post_init__(self) -> None:
+        self.free.set()
+
+    @property
+    def name(self) -> str:
+        """Its name in requests, with version."""
+        return served_name(self.ref)
+
+
+class AdapterRegistry:
+    """Owns what the engine holds; the only one that loads and unloads adapters."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        base: LocalBase,
+        chat_format: ChatFormat,
+        library: ArtifactLibrary,
+        metrics: InferenceMetrics,
+        *,
+        limit: int,
+        require_proof: bool,
+    ):
+        self._engine = engine
+        self._base = base
+        self._format = chat_format
+        self._library = library
+        self._metrics = metrics
+        self._limit = limit
+        self._require_proof = require_proof
+        self._adapters: dict[str, ServedAdapter] = {}
+        self._ticks = itertools.count(1)
+        # One load at a time: loads are rare, and two that both look for room would each count the other's.
+        self._loading = asyncio.Lock()
+
+    def list(self) -> list[ServedAdapter]:
+        """Return all adapters that can be asked, by name."""
+        return sorted(self._adapters.values(), key=lambda adapter: (adapter.ref.name, adapter.ref.version))
+
+    def get(self, exact: ArtifactRef) -> ServedAdapter | None:
+        """Return the adapter of an exact reference; None when it was never loaded."""
+        return self._adapters.get(internal_name(exact.digest))
+
+    async def load(self, exact: ArtifactRef) -> ServedAdapter:
+        """Load and prove an adapter; what is resident already is returned as it is.
+
+        Raises FAILED_PRECONDITION with the check's or the proof's reason; the engine is then as before.
+        """
+        if exact.kind != artifact_pb2.ARTIFACT_KIND_ADAPTER:
+            message = f"{format_ref(exact)} is no adapter. LoadModel serves models."
+            raise invalid_argument("NOT_AN_ADAPTER", message, adapter__kind=message)
+        async with self._loading:
+            known = self.get(exact)
+            if known is not None and known.resident:
+                return known
+            try:
+                adapter = await self._load(exact)
+            except LoralineError as error:
+                self._metrics.adapter_loads.labels(result=error.reason).inc()
+                _log.warning("adapter_refused", adapter=format_ref(exact), reason=error.reason, message=error.message)
+                raise
+            self._metrics.adapter_loads.labels(result="loaded").inc()
+            self._count()
+            return adapter
+
+    @asynccontextmanager
+    async def use(self, exact: ArtifactRef) -> AsyncIterator[ServedAdapter]:
+        """Hold an adapter in the engine for the length of one request, loading it when it is swapped out."""
+        adapter = self.get(exact)
+        # No await between finding it resident and counting its user: a swap cannot come between.
+        while adapter is None or not adapter.resident:
+            adapter = await self.load(exact)
+        adapter.users += 1
+        adapter.free.clear()
+        adapter.last_used = next(self._ticks)
+        try:
+            yield adapter
+        finally:
+            adapter.users -= 1
+            if not adapter.users:
+                adapter.free.set()
+
+    async def unload(self, exact: ArtifactRef) -> None:
+        """Forget an adapter; requests that it answers now finish first."""
+        async with self._loading:
+            adapter = self._adapters.pop(internal_name(exact.digest), None)
+            if adapter is None:
+                return
+            await adapter.free.wait()
+            if adapter.resident:
+                await self._engine.unload_adapter(adapter.internal)
+            self._count()
+
+    async def _load(self, exact: ArtifactRef) -> ServedAdapter:
+        what = format_ref(exact)
+        folder = await asyncio.to_thread(self._library.fetch, exact)
+        facts = await asyncio.to_thread(check_adapter, folder, self._base, self._engine.facts.max_lora_rank)
+        internal = internal_name(exact.digest)
+        try:
+            await self._engine.load_adapter(internal, folder)
+        except EngineRefused as error:
+            message = f"The engine does not take {what}: {error}"
+            raise failed_precondition("ENGINE_REFUSED_ADAPTER", message, adapter=what) from error
+        try:
+            proof = await self._prove(internal, folder, what)
+            await self._make_room(internal)
+        except BaseException:
+            await self._engine.unload_adapter(internal)
+            raise
+        adapter = ServedAdapter(exact, internal, facts.rank, proof, last_used=next(self._ticks))
+        self._adapters[internal] = adapter
+        _log.info("adapter_loaded", adapter=what, internal=internal, **vars(proof))
+        return adapter
+
+    async def _prove(self, internal: str, folder: Path, what: str) -> Proof:
+        evidence = await asyncio.to_thread(read_evidence, folder)
+        if evidence is not None:
+            return await prove_adapter(self._engine, self._format, internal, evidence, what)
+        if self._require_proof:
+            message = (
+                f"{what} brings no probes.json and no token_receipt.json, so nothing can prove that it answers as trained. "
+                "Train it with this platform, or set LORALINE_INFERENCE_REQUIRE_PROOF=false to serve it unproven."
+            )
+            raise failed_precondition("NO_EVIDENCE", message, adapter=what)
+        _log.warning("adapter_without_evidence", adapter=what)
+        return await prove_without_evidence(self._engine, self._format, internal, what)
+
+    async def _make_room(self, newcomer: str) -> None:
+        """Swap out the least recently used adapter that answers nothing, until the newcomer fits."""
+        while True:
+            resident = [a for a in self._adapters.values() if a.resident and a.internal != newcomer]
+            if len(resident) < self._limit:
+                return
+            idle = [adapter for adapter in resident if adapter.users == 0]
+            if not idle:
+                message = (
+                    f"All {self._limit} places for adapters are answering requests. Try again in a moment, or raise "
+                    "LORALINE_INFERENCE_MAX_LOADED_ADAPTERS."
+                )
+                error = resource_exhausted("ADAPTER_PLACES_BUSY", message, limit=str(self._limit))
+                error.retry_after = timedelta(seconds=1)
+                raise error
+            oldest = min(idle, key=lambda adapter: adapter.last_used)
+            oldest.resident = False
+            await self._engine.unload_adapter(oldest.internal)
+            _log.info("adapter_swapped_out", adapter=oldest.name)
+
+    def _count(self) -> None:
+        self._metrics.adapters.set(sum(adapter.resident for adapter in self._adapters.values()))

@@ -1,0 +1,176 @@
+"""Base models: from a request or a setting to a local folder with its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
+from loraline.api.trainer.v1.trainer_pb2 import BaseModel
+from loraline.core.artifacts.library import ArtifactLibrary
+from loraline.core.artifacts.refs import format_ref, parse_ref
+from loraline.core.config import CoreSettings
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unavailable
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class LocalBase:
+    """A base model on this machine, with what identifies it."""
+
+    spec: BaseModel
+    """How it was asked for, with what was resolved: the exact version of an artifact, the commit of a Hub model."""
+    folder: Path
+    default_name: str
+    """Name to serve it under when nobody says another."""
+    artifact: ArtifactRef | None
+    """The exact artifact; None for paths and the Hub."""
+    config_sha256: str
+    tokenizer_sha256: str
+    """Digest of tokenizer.json; empty without one."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the artifact; empty for paths and the Hub."""
+        return self.artifact.digest if self.artifact is not None else ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        return read_config(self.folder)
+
+    @property
+    def described(self) -> str:
+        """What people call it."""
+        source = self.spec.WhichOneof("source")
+        return format_ref(self.spec.artifact) if source == "artifact" else str(getattr(self.spec, source or "path"))
+
+
+def parse_base(text: str) -> BaseModel:
+    """Read the setting: `model/tiny:v1` (an artifact), a folder, or `org/name` and `hub:org/name` (a Hub id)."""
+    if text.startswith("hub:"):
+        return BaseModel(hub_id=text.removeprefix("hub:"))
+    if text.startswith("model/"):
+        return BaseModel(artifact=parse_ref(text))
+    if text.startswith((".", "/", "~")) or Path(text).expanduser().is_dir():
+        return BaseModel(path=str(Path(text).expanduser().absolute()))
+    return BaseModel(hub_id=text)
+
+
+def open_base(spec: BaseModel, library: ArtifactLibrary, settings: CoreSettings, *, trusted: bool) -> LocalBase:
+    """Bring a base model to this machine and check that its folder is one. Blocking.
+
+    `trusted`: the operator named it in the settings, so any folder will do; a request may name only folders under
+    LORALINE_ALLOWED_PATHS.
+    """
+    _check_remote_code(spec, settings)
+    resolved = BaseModel()
+    resolved.CopyFrom(spec)
+    source, artifact = spec.WhichOneof("source"), None
+    if source == "artifact":
+        if spec.artifact.kind != artifact_pb2.ARTIFACT_KIND_MODEL:
+            message = f"{format_ref(spec.artifact)} is no model. Name a model artifact such as model/tiny:v1."
+            raise invalid_argument("NOT_A_MODEL", message, model__artifact__kind=message)
+        artifact = library.resolve(spec.artifact)
+        folder, name = library.fetch(artifact), artifact.name
+        resolved.artifact.CopyFrom(artifact)
+    elif source == "path":
+        folder = _local_folder(spec.path, settings, trusted=trusted)
+        name = folder.name
+    else:
+        folder = _from_hub(spec)
+        name = spec.hub_id.rpartition("/")[2]
+        resolved.revision = folder.name
+    _check_complete(folder)
+    return LocalBase(
+        spec=resolved,
+        folder=folder,
+        default_name=name.lower(),
+        artifact=artifact,
+        config_sha256=_digest(folder / "config.json"),
+        tokenizer_sha256=_digest(folder / "tokenizer.json"),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model folder; FAILED_PRECONDITION MODEL_INCOMPLETE otherwise."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _incomplete(folder, f"config.json cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise _incomplete(folder, "config.json is no JSON object")
+    return content
+
+
+def _check_remote_code(spec: BaseModel, settings: CoreSettings) -> None:
+    if not spec.trust_remote_code:
+        return
+    source = spec.WhichOneof("source")
+    name = format_ref(spec.artifact) if source == "artifact" else str(getattr(spec, source or "path"))
+    if name not in settings.allow_remote_code:
+        message = f"{name} may not run its own code here. An operator can allow it in LORALINE_ALLOW_REMOTE_CODE."
+        raise invalid_argument("REMOTE_CODE_REFUSED", message, model__trust_remote_code=message)
+
+
+def _local_folder(path: str, settings: CoreSettings, *, trusted: bool) -> Path:
+    folder = Path(path).expanduser().resolve()
+    allowed = [root.expanduser().resolve() for root in settings.allowed_paths]
+    if not trusted and not any(folder.is_relative_to(root) for root in allowed):
+        message = (
+            f"Folder {path} is not under LORALINE_ALLOWED_PATHS. Allow it there, or publish the model as an artifact."
+        )
+        raise invalid_argument("PATH_NOT_ALLOWED", message, model__path=message)
+    if not folder.is_dir():
+        raise invalid_argument(
+            "PATH_NOT_FOUND", f"There is no folder {path} on the server.", model__path="no such folder"
+        )
+    return folder
+
+
+def _from_hub(spec: BaseModel) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        message = "Hub models need huggingface_hub, which comes with every engine extra of loraline-inference."
+        raise failed_precondition("ENGINE_NOT_INSTALLED", message) from error
+    try:
+        return Path(snapshot_download(spec.hub_id, revision=spec.revision or None, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        message = (
+            f"Model {spec.hub_id} cannot be had from the Hub: {type(error).__name__}: {error}. "
+            "Check the id, the network and HF_ENDPOINT, or publish the model as an artifact."
+        )
+        raise unavailable("HUB_UNREACHABLE", message, hub_id=spec.hub_id) from error
+
+
+def _check_complete(folder: Path) -> None:
+    read_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise _incomplete(folder, "it has no .safetensors weights")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise _incomplete(folder, f"model.safetensors.index.json cannot be read ({error})") from error
+        missing = sorted(name for name in needed if not (folder / str(name)).is_file())
+        if missing:
+            raise _incomplete(folder, f"{', '.join(missing[:3])} named by its index is missing")
+
+
+def _incomplete(folder: Path, why: str) -> LoralineError:
+    message = f"{folder.name} is no complete model folder: {why}. Publish or download it again."
+    return failed_precondition("MODEL_INCOMPLETE", message, folder=str(folder))
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,41 @@
+"""The inference stage as the server sees it."""
+
+from __future__ import annotations
+
+import grpc.aio
+
+from loraline.api.inference.v1 import inference_pb2_grpc
+from loraline.core.serving.component import Component, Platform
+from loraline.inference.config import InferenceSettings
+from loraline.inference.generation import Generation
+from loraline.inference.host import ModelHost
+from loraline.inference.http.app import create_app
+from loraline.inference.metrics import InferenceMetrics
+from loraline.inference.servicer import InferenceServicer
+
+SERVICE = "loraline.api.inference.v1.InferenceService"
+
+
+def build(platform: Platform, settings: InferenceSettings | None = None) -> Component:
+    """Put the stage together. Neither torch nor vLLM is imported until a model is loaded."""
+    settings = settings or InferenceSettings()
+    metrics = InferenceMetrics(platform.registry)
+    host = ModelHost(settings, platform.settings, platform.library, metrics)
+    generation = Generation(host, settings, metrics)
+
+    def register(server: grpc.aio.Server) -> None:
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(host, generation), server)
+
+    async def not_ready_because() -> str:
+        return host.why_not_ready
+
+    return Component(
+        name="inference",
+        services={SERVICE: register},
+        start=host.start,
+        stop=host.stop,
+        not_ready_because=not_ready_because,
+        http_app=create_app(generation) if settings.http_listen else None,
+        http_listen=settings.http_listen,
+        extra={"host": host, "generation": generation},
+    )

@@ -1,0 +1,88 @@
+"""Settings of the inference stage, from the environment (prefix `LORALINE_INFERENCE_`) or keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from loraline.inference.engines.port import EngineOptions
+
+
+class InferenceSettings(BaseSettings):
+    """What is served, by which engine, within which limits."""
+
+    model_config = SettingsConfigDict(env_prefix="LORALINE_INFERENCE_", extra="ignore", populate_by_name=True)
+
+    model: str = ""
+    """Base model at start: `model/tiny:v1`, a folder, or a Hub id (`hub:org/name`); empty for the last one or none."""
+    served_name: str = ""
+    """Name of the base in requests; empty for the artifact's or folder's."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto` takes vLLM where it is installed, else transformers, and logs which and why."""
+    http_listen: str = "127.0.0.1:7680"
+    """host:port of the OpenAI-compatible HTTP side; empty for none."""
+
+    dtype: str = "auto"
+    """`auto`, `float32`, `bfloat16` or `float16`; auto is float32 for small models on a CPU, else the model's own."""
+    max_model_len: int = Field(default=0, ge=0)
+    """Longest prompt and answer together, in tokens; 0 for what the model allows."""
+    max_lora_rank: int = Field(default=64, ge=1, le=512)
+    """Greatest rank of an adapter. Memory is reserved for it."""
+    max_loaded_adapters: int = Field(default=8, ge=1, le=1024)
+    """Adapters in the engine at once; the least recently used one makes room."""
+    max_batch_adapters: int = Field(default=4, ge=1, le=256)
+    """Adapters that one batch may mix."""
+    max_concurrent_requests: int = Field(default=64, ge=1)
+    """Sequences generated at once; more wait."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """KV cache on a CPU, in GiB (VLLM_CPU_KVCACHE_SPACE, when set, is stronger)."""
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        validation_alias=AliasChoices("LORALINE_INFERENCE_GPU_MEMORY_UTILIZATION", "GPU_MEMORY_UTILIZATION"),
+    )
+    """Share of a GPU's memory that vLLM takes."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share the model."""
+    enforce_eager: bool | None = None
+    """Skip CUDA graphs and compilation; unset means yes on a CPU and no on a GPU."""
+    engine_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's AsyncEngineArgs, as JSON; they win over the settings above."""
+
+    max_n: int = Field(default=8, ge=1)
+    """Most answers to one request."""
+    max_tokens: int = Field(default=4096, ge=1)
+    """Longest answer that a request may ask for."""
+    max_prompt_tokens: int = Field(default=0, ge=0)
+    """Longest prompt, in tokens; 0 for what the context window allows."""
+
+    require_proof: bool = True
+    """Refuse adapters without probes and token receipt. Off, such adapters must at least differ from the base."""
+    load_on_first_use: bool = True
+    """Load an adapter from the store when a request names it."""
+    alias_cache_seconds: float = Field(default=1.0, ge=0)
+    """How long a name's resolution is remembered: a moved alias is followed within this time."""
+    drain_seconds: float = Field(default=60.0, ge=0)
+    """How long a change of the base model waits for requests in flight before it ends them."""
+    restart_backoff_seconds: float = Field(default=1.0, gt=0)
+    """First wait before a dead engine is started again; doubles up to a minute."""
+
+    def engine_options(self, *, trust_remote_code: bool = False) -> EngineOptions:
+        """Return the part of the settings that the engine needs."""
+        return EngineOptions(
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_lora_rank=self.max_lora_rank,
+            max_loaded_adapters=self.max_loaded_adapters,
+            max_batch_adapters=self.max_batch_adapters,
+            max_concurrent_requests=self.max_concurrent_requests,
+            kv_cache_gib=self.kv_cache_gib,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            tensor_parallel_size=self.tensor_parallel_size,
+            enforce_eager=self.enforce_eager,
+            trust_remote_code=trust_remote_code,
+            extra=self.engine_arguments,
+        )

@@ -1,0 +1,1 @@
+"""The port to the engines that generate, and its two implementations."""

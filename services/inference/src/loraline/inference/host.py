@@ -1,0 +1,297 @@
+"""What the service serves now: loads, replaces, restarts and remembers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import structlog
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.artifact.v1.artifact_pb2 import AliasChange, ArtifactRef
+from loraline.api.trainer.v1.trainer_pb2 import BaseModel
+from loraline.core.artifacts.library import ArtifactLibrary
+from loraline.core.artifacts.refs import format_ref, parse_ref
+from loraline.core.config import CoreSettings
+from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
+from loraline.inference.adapters.names import AdapterNames, adapter_ref
+from loraline.inference.adapters.registry import ServedAdapter
+from loraline.inference.base_model import LocalBase, open_base, parse_base
+from loraline.inference.config import InferenceSettings
+from loraline.inference.engines.choice import EngineChoice, choose
+from loraline.inference.engines.port import BASE
+from loraline.inference.metrics import InferenceMetrics
+from loraline.inference.serving import Serving, start_serving
+from loraline.inference.state import ServedState, StateFile
+
+_log = structlog.get_logger(__name__)
+NOTHING_LOADED = (
+    "No model is loaded. Load one with InferenceService.LoadModel, or start the service with LORALINE_INFERENCE_MODEL, "
+    "such as model/tiny."
+)
+_MAX_BACKOFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who answers a request."""
+
+    serving: Serving
+    adapter: str
+    """Internal name; empty for the base."""
+    name: str
+    """Name to show, with version."""
+
+    @property
+    def kind(self) -> str:
+        """`base` or `adapter`."""
+        return "adapter" if self.adapter else "base"
+
+
+class ModelHost:
+    """Owns the engine's life. Requests come through `target`; operators through the load methods."""
+
+    def __init__(
+        self,
+        settings: InferenceSettings,
+        core: CoreSettings,
+        library: ArtifactLibrary,
+        metrics: InferenceMetrics,
+        choose_engine: Callable[[str], EngineChoice] = choose,
+    ):
+        self.settings = settings
+        self._core = core
+        self._library = library
+        self._metrics = metrics
+        self._choose = choose_engine
+        self._names = AdapterNames(library, settings.alias_cache_seconds)
+        self._file = StateFile(core.data_dir / "inference" / "state.json")
+        self._state = ServedState()
+        self._serving: Serving | None = None
+        self._changing = asyncio.Lock()
+        self._why_not = "The service is starting."
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def why_not_ready(self) -> str:
+        """Empty when requests are answered; otherwise why not and what to do."""
+        return self._why_not
+
+    async def start(self) -> None:
+        """Begin to load the configured or the remembered model, and to watch the engine."""
+        self._state = await asyncio.to_thread(self._file.read)
+        wanted = parse_base(self.settings.model) if self.settings.model else self._state.model
+        self._why_not = f"Loading {_describe(wanted)}." if wanted is not None else NOTHING_LOADED
+        try:
+            self._choose(self.settings.engine)
+        except LoralineError as error:
+            self._why_not = error.message
+            _log.error("no_engine", message=error.message)
+            return
+        for work in (self._load_first(wanted), self._watch()):
+            task = asyncio.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """End everything, the engine's processes too."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._why_not = "The service is stopping."
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            await serving.engine.stop()
+
+    def serving(self) -> Serving:
+        """Return what is served; UNAVAILABLE while a model is loaded, FAILED_PRECONDITION when there is none."""
+        if self._serving is not None and not self._why_not:
+            return self._serving
+        if self._serving is None and self._why_not == NOTHING_LOADED:
+            raise failed_precondition("NO_MODEL_LOADED", NOTHING_LOADED)
+        error = unavailable("MODEL_NOT_READY", self._why_not or NOTHING_LOADED)
+        error.retry_after = timedelta(seconds=2)
+        raise error
+
+    @asynccontextmanager
+    async def target(self, model: str) -> AsyncIterator[Target]:
+        """Hold who answers requests for a model name, for the length of one request."""
+        serving = self.serving()
+        async with serving.in_use():
+            if self.is_base(serving, model):
+                yield Target(serving, BASE, serving.name)
+                return
+            exact = await self._resolve(serving, model)
+            async with serving.adapters.use(exact) as adapter:
+                yield Target(serving, adapter.internal, adapter.name)
+
+    @staticmethod
+    def is_base(serving: Serving, model: str) -> bool:
+        """Tell whether a request's model name means the base."""
+        if model in ("", serving.name):
+            return True
+        artifact = serving.base.artifact
+        return artifact is not None and model in (format_ref(artifact), f"model/{artifact.name}")
+
+    async def load_model(self, spec: BaseModel, served_name: str = "", *, trusted: bool = False) -> Serving:
+        """Serve another base model. Requests in flight finish first; when it fails, the model before is served again."""
+        choice = self._choose(self.settings.engine)
+        base = await asyncio.to_thread(open_base, spec, self._library, self._core, trusted=trusted)
+        name = served_name or base.default_name
+        async with self._changing:
+            current = self._serving
+            if current is not None and not self._why_not and current.base.digest and current.name == name:
+                if current.base.digest == base.digest:
+                    return current
+            return await self._replace(base, name, choice)
+
+    async def load_adapter(self, ref: ArtifactRef) -> ServedAdapter:
+        """Load and prove an adapter, and remember it."""
+        serving = self.serving()
+        async with serving.in_use():
+            exact = await self._names.resolve(ref)
+            adapter = await serving.adapters.load(exact)
+        if exact.digest in self._state.withdrawn:
+            self._state.withdrawn.remove(exact.digest)
+        await self._remember(serving)
+        return adapter
+
+    async def unload_adapter(self, model: str) -> None:
+        """Take an adapter out: requests that name it are refused until it is loaded again."""
+        serving = self.serving()
+        ref = adapter_ref(model)
+        exact = await self._names.resolve(ref) if ref is not None else None
+        if exact is None or serving.adapters.get(exact) is None:
+            raise self._not_served(serving, model)
+        self._state.withdrawn = [*self._state.withdrawn, exact.digest][-1000:]
+        await serving.adapters.unload(exact)
+        await self._remember(serving)
+
+    async def set_alias(self, ref: ArtifactRef, alias: str, actor: str) -> tuple[ServedAdapter, AliasChange]:
+        """Load and prove an adapter, then move the alias to it."""
+        adapter = await self.load_adapter(ref)
+        change = await asyncio.to_thread(self._library.set_alias, adapter.ref, alias, actor)
+        self._names.forget()
+        return adapter, change
+
+    async def rollback(self, name: str, alias: str, actor: str) -> tuple[ServedAdapter, AliasChange]:
+        """Move an alias back to the version it pointed at before its last move."""
+        kind = artifact_pb2.ARTIFACT_KIND_ADAPTER
+        changes, _ = await asyncio.to_thread(self._library.alias_changes, kind, name, alias, 1)
+        if not changes or not changes[0].from_version:
+            message = f"adapter/{name}@{alias} has never pointed anywhere else, so there is nothing to go back to."
+            raise failed_precondition("NOTHING_TO_ROLL_BACK", message, name=name, alias=alias)
+        before = ArtifactRef(kind=kind, name=name, version=changes[0].from_version)
+        return await self.set_alias(before, alias, actor)
+
+    async def aliases(self, ref: ArtifactRef) -> list[str]:
+        """Return the aliases that point at an exact artifact now."""
+        artifact = await asyncio.to_thread(self._library.get, ref)
+        return list(artifact.aliases)
+
+    async def _resolve(self, serving: Serving, model: str) -> ArtifactRef:
+        ref = adapter_ref(model)
+        if ref is None:
+            raise self._not_served(serving, model)
+        try:
+            exact = await self._names.resolve(ref)
+        except LoralineError as error:
+            raise self._not_served(serving, model) from error
+        known = serving.adapters.get(exact) is not None
+        if not known and (not self.settings.load_on_first_use or exact.digest in self._state.withdrawn):
+            raise self._not_served(serving, model)
+        return exact
+
+    @staticmethod
+    def _not_served(serving: Serving, model: str) -> LoralineError:
+        names = [serving.name, *(adapter.name for adapter in serving.adapters.list())]
+        message = f"{model!r} is not served here. Served: {', '.join(names[:20])}. LoadAdapter loads another adapter."
+        return not_found("MODEL_NOT_SERVED", message, model=model, served=", ".join(names[:100]))
+
+    async def _replace(self, base: LocalBase, name: str, choice: EngineChoice) -> Serving:
+        """Stop what is served, start the other; the lock is held."""
+        before = self._serving
+        self._why_not = f"Loading {base.described}; requests are answered again when it generates."
+        _log.info("engine_chosen", engine=choice.name, why=choice.why)
+        if before is not None:
+            await before.drained(self.settings.drain_seconds)
+            self._serving = None
+            await before.engine.stop()
+        try:
+            serving = await start_serving(base, name, choice, self.settings, self._library, self._metrics)
+        except BaseException as error:
+            self._why_not = str(error) or "Loading was given up."
+            if before is not None and isinstance(error, LoralineError):
+                await self._go_back(before, choice)
+            raise
+        self._serving, self._why_not = serving, ""
+        await self._remember(serving)
+        return serving
+
+    async def _go_back(self, before: Serving, choice: EngineChoice) -> None:
+        _log.warning("serving_model_before", model=before.base.described)
+        adapters = [format_ref(adapter.ref) for adapter in before.adapters.list()]
+        with suppress(LoralineError):
+            self._serving = await start_serving(
+                before.base, before.name, choice, self.settings, self._library, self._metrics
+            )
+            await self._load_adapters(self._serving, adapters)
+            self._why_not = ""
+
+    async def _load_first(self, wanted: BaseModel | None) -> None:
+        if wanted is None:
+            return
+        remembered = list(self._state.adapters)
+        try:
+            serving = await self.load_model(wanted, self.settings.served_name or self._state.served_name, trusted=True)
+        except LoralineError as error:
+            self._why_not = f"{_describe(wanted)} could not be loaded: {error.message}"
+            _log.error("first_model_failed", reason=error.reason, message=error.message)
+            return
+        await self._load_adapters(serving, remembered)
+        await self._remember(serving)
+
+    async def _load_adapters(self, serving: Serving, adapters: list[str]) -> None:
+        for text in adapters[-self.settings.max_loaded_adapters :]:
+            try:
+                await serving.adapters.load(await self._names.resolve(parse_ref(text)))
+            except LoralineError as error:
+                _log.warning("adapter_not_back", adapter=text, reason=error.reason, message=error.message)
+
+    async def _watch(self) -> None:
+        """Start a dead engine again, waiting longer after each failure."""
+        wait = self.settings.restart_backoff_seconds
+        while True:
+            await asyncio.sleep(min(1.0, wait))
+            serving = self._serving
+            if serving is None or self._changing.locked() or await serving.engine.healthy():
+                continue
+            async with self._changing:
+                if self._serving is not serving:
+                    continue
+                self._why_not = "The engine died and is being started again."
+                _log.error("engine_dead", model=serving.base.described)
+                self._serving = None
+                await serving.engine.stop()
+                while self._serving is None:
+                    await self._go_back(serving, self._choose(self.settings.engine))
+                    if self._serving is None:
+                        _log.error("engine_restart_failed", next_try_seconds=wait)
+                        await asyncio.sleep(wait)
+                        wait = min(wait * 2, _MAX_BACKOFF_SECONDS)
+            wait = self.settings.restart_backoff_seconds
+
+    async def _remember(self, serving: Serving) -> None:
+        self._state.model, self._state.served_name = serving.base.spec, serving.name
+        self._state.adapters = [format_ref(adapter.ref) for adapter in serving.adapters.list()]
+        await asyncio.to_thread(self._file.write, self._state)
+
+
+def _describe(spec: BaseModel | None) -> str:
+    if spec is None:
+        return "no model"
+    source = spec.WhichOneof("source")
+    return format_ref(spec.artifact) if source == "artifact" else str(getattr(spec, source or "path"))

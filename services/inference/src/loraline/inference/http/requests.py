@@ -1,0 +1,204 @@
+"""OpenAI's request bodies to questions. What is not supported is refused, never ignored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from loraline.core.errors import LoralineError, invalid_argument
+from loraline.inference.engines.port import Constraint, Sampling
+from loraline.inference.generation import Question
+
+_MAX_BODY_BYTES = 16 * 1024 * 1024
+_SHARED = {
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "stop",
+    "seed",
+    "stream",
+    "stream_options",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "user",
+}
+_CHAT = _SHARED | {"messages", "max_completion_tokens", "response_format"}
+_COMPLETION = _SHARED | {"prompt"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "store": (False,),
+}
+"""Parameters that are not supported, with the values that ask for nothing."""
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class HttpQuestion:
+    """A question and how its answer is to be sent."""
+
+    question: Question
+    stream: bool
+    include_usage: bool
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """Return the JSON object of a request; INVALID_ARGUMENT otherwise."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            raise invalid_argument("BODY_TOO_LARGE", f"The request is larger than {_MAX_BODY_BYTES} bytes.")
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise invalid_argument("BODY_NOT_JSON", f"The request's body is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise invalid_argument("BODY_NOT_JSON", "The request's body must be a JSON object.")
+    return content
+
+
+def chat_question(body: Mapping[str, Any], most_tokens: int) -> HttpQuestion:
+    """Read a body of /v1/chat/completions. `most_tokens` is the answer's limit when the client sets none."""
+    _refuse_unknown(body, _CHAT)
+    limit = _integer(body, "max_completion_tokens", 1) or _integer(body, "max_tokens", 1) or most_tokens
+    question = Question(
+        model=_text(body, "model"),
+        sampling=_sampling(body, limit),
+        messages=_messages(body.get("messages")),
+        constraint=_response_format(body.get("response_format")),
+    )
+    return _http_question(body, question)
+
+
+def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
+    """Read a body of /v1/completions; its default of max_tokens is OpenAI's 16."""
+    _refuse_unknown(body, _COMPLETION)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list) and not all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+        raise _wrong("prompt", "must be one text or one list of token ids; send several prompts as several requests")
+    if not isinstance(prompt, str | list) or not prompt:
+        raise _wrong("prompt", "must be a text or a list of token ids, and not empty")
+    sampling = _sampling(body, _integer(body, "max_tokens", 1) or 16)
+    return _http_question(body, Question(model=_text(body, "model"), sampling=sampling, prompt=prompt))
+
+
+def _http_question(body: Mapping[str, Any], question: Question) -> HttpQuestion:
+    options = body.get("stream_options") or {}
+    unknown = set(options) - {"include_usage", "include_obfuscation"} if isinstance(options, dict) else {"it"}
+    if unknown:
+        raise _wrong("stream_options", f"has {', '.join(sorted(unknown))}; only include_usage is supported")
+    return HttpQuestion(question, bool(body.get("stream")), bool(options.get("include_usage")))
+
+
+def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known or value is None or any(value == neutral for neutral in _NEUTRAL.get(name, ())):
+            continue
+        raise invalid_argument(
+            "UNSUPPORTED_PARAMETER", f"{name} is not supported by this server. Leave it out.", **{name: "unsupported"}
+        )
+
+
+def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(text, str) for text in stop):
+        raise _wrong("stop", "must be a text or a list of at most 16 texts")
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=_number(body, "temperature", 1.0, 0, 2),
+        top_p=_number(body, "top_p", 1.0, 1e-9, 1),
+        top_k=max(0, _integer(body, "top_k", -1) or 0),
+        stop=tuple(stop),
+        seed=_integer(body, "seed", -(2**63)),
+        repetition_penalty=_number(body, "repetition_penalty", 1.0, 1e-9, 100),
+        presence_penalty=_number(body, "presence_penalty", 0.0, -2, 2),
+        frequency_penalty=_number(body, "frequency_penalty", 0.0, -2, 2),
+        n=_integer(body, "n", 1) or 1,
+    )
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise _wrong("messages", "must be a list with at least one message")
+    return [_message(position, message) for position, message in enumerate(value)]
+
+
+def _message(position: int, message: Any) -> dict[str, str]:
+    where = f"messages[{position}]"
+    if not isinstance(message, dict):
+        raise _wrong("messages", f"holds something that is no message at {where}")
+    extra = [name for name, value in message.items() if name not in ("role", "content") and value not in (None, [])]
+    if extra:
+        raise _wrong("messages", f"has {extra[0]} at {where}, which this server does not support")
+    role, content = _ROLES.get(str(message.get("role"))), message.get("content")
+    if role is None:
+        raise _wrong("messages", f"has role {message.get('role')!r} at {where}; known are {', '.join(_ROLES)}")
+    if isinstance(content, list):
+        if not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            raise _wrong("messages", f"has a part at {where} that is no text; only text is supported")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise _wrong("messages", f"has no text as content at {where}")
+    return {"role": role, "content": content}
+
+
+def _response_format(value: Any) -> Constraint | None:
+    if value is None or value == {"type": "text"}:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "json_object":
+        return Constraint("json_object")
+    schema = value.get("json_schema") if kind == "json_schema" else None
+    if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+        return Constraint("json_schema", schema["schema"])
+    raise _wrong("response_format", "must be of type text, json_object, or json_schema with json_schema.schema")
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(name, "must be a text")
+    return value or ""
+
+
+def _integer(body: Mapping[str, Any], name: str, least: int) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or value >= 2**63:
+        raise _wrong(name, f"must be a whole number of at least {least}")
+    return value
+
+
+def _number(body: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise _wrong(name, f"must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def _wrong(name: str, problem: str) -> LoralineError:
+    message = f"{name} {problem}."
+    return invalid_argument("INVALID_PARAMETER", message, **{name: message})

@@ -1,0 +1,121 @@
+"""Protobuf messages to and from the stage's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from google.protobuf import json_format, timestamp_pb2
+from google.protobuf.duration_pb2 import Duration
+
+from loraline.api.inference.v1 import inference_pb2
+from loraline.core.errors import invalid_argument
+from loraline.inference.adapters.registry import ServedAdapter
+from loraline.inference.engines.port import Constraint, Sampling
+from loraline.inference.generation import Figures
+from loraline.inference.serving import Serving
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_TEMPERATURE = 0.7
+FINISH = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def sampling_of(message: inference_pb2.SamplingParameters) -> Sampling:
+    """Read sampling parameters; what is unset gets the contract's defaults."""
+    return Sampling(
+        max_tokens=message.max_tokens or DEFAULT_MAX_TOKENS,
+        temperature=message.temperature if message.HasField("temperature") else DEFAULT_TEMPERATURE,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        top_k=message.top_k,
+        stop=tuple(message.stop),
+        seed=message.seed if message.HasField("seed") else None,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        n=message.n or 1,
+    )
+
+
+def constraint_of(message: inference_pb2.StructuredOutput) -> Constraint | None:
+    """Read the shape of the answer; None when none is asked for."""
+    shape = message.WhichOneof("shape")
+    if shape == "json_schema":
+        return Constraint("json_schema", whole_numbers(json_format.MessageToDict(message.json_schema)))
+    if shape == "choices":
+        return Constraint("choices", list(message.choices.values))
+    if shape in ("regex", "grammar"):
+        text = getattr(message, shape)
+        if not text:
+            raise invalid_argument(
+                "STRUCTURE_INVALID", f"structured.{shape} is empty.", **{f"structured__{shape}": "empty"}
+            )
+        return Constraint("regex" if shape == "regex" else "grammar", text)
+    return Constraint("json_object") if shape == "json_only" and message.json_only else None
+
+
+def whole_numbers(value: object) -> object:
+    """Turn 3.0 back into 3: a protobuf Struct knows only doubles, a JSON schema's minItems only whole numbers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole_numbers(item) for item in value]
+    return value
+
+
+def usage_of(figures: Figures) -> inference_pb2.Usage:
+    """Return token counts."""
+    return inference_pb2.Usage(prompt_tokens=figures.prompt_tokens, completion_tokens=figures.completion_tokens)
+
+
+def timings_of(figures: Figures) -> inference_pb2.Timings:
+    """Return times."""
+    return inference_pb2.Timings(
+        queue=_duration(figures.queue_seconds),
+        first_token=_duration(figures.first_token_seconds),
+        total=_duration(figures.total_seconds),
+    )
+
+
+def base_message(serving: Serving) -> inference_pb2.ServedModel:
+    """Describe the served base."""
+    message = inference_pb2.ServedModel(
+        name=serving.name,
+        kind=inference_pb2.SERVED_KIND_BASE,
+        load_time=_time(serving.load_time),
+        resident=True,
+    )
+    if serving.base.artifact is not None:
+        message.artifact.CopyFrom(serving.base.artifact)
+    if serving.proof is not None:
+        message.proof.CopyFrom(serving.proof.to_message())
+    return message
+
+
+def adapter_message(adapter: ServedAdapter, aliases: Iterable[str]) -> inference_pb2.ServedModel:
+    """Describe an adapter."""
+    return inference_pb2.ServedModel(
+        name=adapter.name,
+        kind=inference_pb2.SERVED_KIND_ADAPTER,
+        artifact=adapter.ref,
+        internal_name=adapter.internal,
+        aliases=sorted(aliases),
+        load_time=_time(adapter.load_time),
+        proof=adapter.proof.to_message(),
+        lora_rank=adapter.rank,
+        resident=adapter.resident,
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(seconds=seconds))
+    return duration
+
+
+def _time(value: object) -> timestamp_pb2.Timestamp:
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromDatetime(value)  # type: ignore[arg-type]
+    return stamp

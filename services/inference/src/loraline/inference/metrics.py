@@ -1,0 +1,60 @@
+"""Metrics of the inference stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class InferenceMetrics:
+    """Counters of requests, tokens and adapter loads, on the platform's registry."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self.requests = Counter(
+            "loraline_inference_requests_total",
+            "Requests by kind of model (base, adapter, none) and outcome (ok, cancelled or the error's reason).",
+            ["model_kind", "outcome"],
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "loraline_inference_time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "loraline_inference_tokens_total",
+            "Tokens of prompts and of answers.",
+            ["direction"],
+            registry=registry,
+        )
+        self.adapter_loads = Counter(
+            "loraline_inference_adapter_loads_total",
+            "Loads of adapters: loaded, or the reason of the refusal.",
+            ["result"],
+            registry=registry,
+        )
+        self.adapters = Gauge("loraline_inference_adapters", "Adapters in the engine now.", registry=registry)
+        self.in_flight = Gauge("loraline_inference_in_flight_requests", "Requests being answered.", registry=registry)
+        self.load_seconds = Histogram(
+            "loraline_inference_model_load_seconds",
+            "Seconds to load a base model until it generated a token.",
+            buckets=(1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
+            registry=registry,
+        )
+        registry.register(_VllmMetrics())
+
+
+class _VllmMetrics(Collector):
+    """Passes vLLM's own metrics through: it puts them on the process-wide registry."""
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        return (metric for metric in REGISTRY.collect() if metric.name.startswith("vllm:"))

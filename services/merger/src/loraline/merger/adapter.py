@@ -1,0 +1,219 @@
+"""An adapter's folder, read and checked before anything is merged. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraline.core.errors import LoralineError, data_loss, failed_precondition
+from loraline.merger.weights.header import ShardHeader, read_header
+from loraline.merger.weights.layout import PICKLE_SUFFIXES, pickle_weights
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+BASE_FILE = "base_model.json"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+
+# Settings of peft's LoraConfig that change nothing about what `scale * B @ A` means. Any other setting with a value
+# changes what the adapter computes, so the merge is then left to peft, which knows it.
+_NEUTRAL_SETTINGS = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+_NEUTRAL_STARTS = ("gaussian", "eva")
+"""Named initialisations that leave the base as it is."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two factors of one module: names of its tensors in the adapter's file, and the scale of their product."""
+
+    module: str
+    a_key: str
+    b_key: str
+    rank: int
+    in_features: int
+    out_features: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter folder."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    header: ShardHeader
+    factors: tuple[Factors, ...]
+    peft_only_because: str
+    """Why only peft can merge it; empty when the streaming merge can."""
+
+    @property
+    def recorded_base(self) -> dict[str, Any]:
+        """Return base_model.json; empty for an adapter from elsewhere."""
+        path = self.folder / BASE_FILE
+        return read_json(path, "ADAPTER_UNREADABLE") if path.exists() else {}
+
+    def touches(self, leaf: str) -> bool:
+        """Whether a module called `leaf`, such as `lm_head`, is trained in any way."""
+        return any(leaf in tensor.name.split(".") for tensor in self.header.tensors)
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Read an adapter's config and the header of its weights.
+
+    Raises FAILED_PRECONDITION (PICKLE_WEIGHTS, NO_ADAPTER, ADAPTER_UNREADABLE, ADAPTER_RANK_MISMATCH,
+    ADAPTER_INCOMPLETE) or DATA_LOSS (CORRUPT_WEIGHTS).
+    """
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES and "adapter" in p.name)
+        if pickles:
+            raise pickle_weights(pickles[0])
+        raise failed_precondition("NO_ADAPTER", f"The adapter has no {WEIGHTS_FILE}.", file=WEIGHTS_FILE)
+    config = read_json(folder / CONFIG_FILE, "ADAPTER_UNREADABLE")
+    header = read_header(weights)
+    reason = peft_only_reason(config, header)
+    factors = () if config.get("peft_type") != "LORA" else _pair(header, config)
+    return Adapter(folder, config, header, factors, reason)
+
+
+def peft_only_reason(config: Mapping[str, Any], header: ShardHeader) -> str:
+    """Say why `scale * B @ A` is not the whole of this adapter; empty when it is."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type is {config.get('peft_type')}"
+    if config.get("bias") not in (None, "none"):
+        return f"bias is {config['bias']}"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in _NEUTRAL_STARTS:
+        return f"init_lora_weights is {start}, which may change the base too"
+    extra = sorted(name for name, value in config.items() if value and name not in _NEUTRAL_SETTINGS)
+    if extra:
+        return f"{extra[0]} is set"
+    other = [tensor.name for tensor in header.tensors if not _FACTOR.match(tensor.name)]
+    return f"{other[0]} is no LoRA factor" if other else ""
+
+
+def _pair(header: ShardHeader, config: Mapping[str, Any]) -> tuple[Factors, ...]:
+    sides: dict[str, dict[str, Any]] = {}
+    for tensor in header.tensors:
+        match = _FACTOR.match(tensor.name)
+        if match:
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+    return tuple(_factors(module, found, config) for module, found in sides.items())
+
+
+def _factors(module: str, found: Mapping[str, Any], config: Mapping[str, Any]) -> Factors:
+    if set(found) != {"A", "B"}:
+        missing = "AB".replace(next(iter(found)), "")
+        raise failed_precondition(
+            "ADAPTER_INCOMPLETE",
+            f"{WEIGHTS_FILE} has no lora_{missing} for {module}. Save the adapter again.",
+            file=WEIGHTS_FILE,
+            module=module,
+        )
+    a, b = found["A"], found["B"]
+    rank = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise failed_precondition(
+            "ADAPTER_RANK_MISMATCH",
+            f"{module}: {CONFIG_FILE} says rank {rank}, the factors are {list(a.shape)} and {list(b.shape)}. "
+            "Config and weights are of different runs; take both from one.",
+            file=WEIGHTS_FILE,
+            module=module,
+        )
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Factors(module, a.name, b.name, rank, a.shape[1], b.shape[0], scale)
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of the module's name, as peft does."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def check_base(adapter: Adapter, *, name: str, base: Path, base_digest: str) -> list[str]:
+    """Refuse an adapter that was trained on another base; return remarks about what could not be compared.
+
+    Compares the digest of the base artifact, else the digest of config.json. Raises FAILED_PRECONDITION
+    ADAPTER_OF_ANOTHER_BASE.
+    """
+    recorded = adapter.recorded_base
+    if not recorded:
+        return [f"{name} has no {BASE_FILE}: only its shapes tell that it belongs to this base"]
+    if recorded.get("digest") and base_digest:
+        if recorded["digest"] == base_digest:
+            return []
+        # The same weights may have been published anew with another tokenizer; only an equal digest proves anything.
+        raise another_base(name, str(recorded.get("ref") or recorded["digest"]), recorded["digest"], base_digest)
+    config_digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    if recorded.get("config_sha256"):
+        if recorded["config_sha256"].removeprefix("sha256:") != config_digest:
+            raise another_base(name, _describe(recorded), recorded["config_sha256"], config_digest)
+        return [f"{name}: its base was compared by config.json and shapes, as one of the two is no artifact"]
+    return [f"{name}: {BASE_FILE} holds no digest, only shapes were compared"]
+
+
+def _describe(recorded: Mapping[str, Any]) -> str:
+    return str(recorded.get("ref") or recorded.get("hub_id") or recorded.get("path") or "another base")
+
+
+def another_base(name: str, trained_on: str, expected: str, found: str) -> LoralineError:
+    """FAILED_PRECONDITION that names both bases."""
+    return failed_precondition(
+        "ADAPTER_OF_ANOTHER_BASE",
+        f"{name} was trained on {trained_on} ({expected}), not on this base ({found}). "
+        "Merge it into the base it was trained on: leave base_model unset.",
+        adapter=name,
+        expected=str(expected),
+        found=found,
+    )
+
+
+def read_json(path: Path, reason: str) -> dict[str, Any]:
+    """Read a JSON object; DATA_LOSS with `reason` when it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise data_loss(reason, f"{path.name} cannot be read: {error}. Save it again.", file=path.name) from error
+    return content

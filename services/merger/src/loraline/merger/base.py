@@ -1,0 +1,115 @@
+"""Where the base of a merge comes from: an artifact, a folder on the server, the Hub. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
+from loraline.core.artifacts.refs import format_ref, parse_ref
+from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
+from loraline.merger.adapter import BASE_FILE, Adapter
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base model by name. Exactly one of artifact, path and hub_id is set."""
+
+    artifact: ArtifactRef | None = None
+    path: str = ""
+    hub_id: str = ""
+    revision: str = ""
+
+    @property
+    def label(self) -> str:
+        """How people would name it."""
+        if self.artifact is not None:
+            return format_ref(self.artifact)
+        return self.path or (f"{self.hub_id}@{self.revision}" if self.revision else self.hub_id)
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A base model on this machine; `digest` only for artifacts."""
+
+    source: BaseSource
+    folder: Path
+    digest: str = ""
+
+
+def recorded_base(adapter: Adapter, name: str) -> BaseSource:
+    """Return the base that an adapter says it was trained on; FAILED_PRECONDITION BASE_UNKNOWN when it does not say."""
+    recorded = adapter.recorded_base
+    source = recorded.get("source")
+    if source == "artifact" and recorded.get("ref"):
+        ref = parse_ref(str(recorded["ref"]))
+        ref.digest = str(recorded.get("digest") or "")
+        return BaseSource(artifact=ref)
+    if source == "path" and recorded.get("path"):
+        return BaseSource(path=str(recorded["path"]))
+    if source == "hub" and recorded.get("hub_id"):
+        return BaseSource(hub_id=str(recorded["hub_id"]), revision=str(recorded.get("revision") or ""))
+    raise failed_precondition(
+        "BASE_UNKNOWN",
+        f"{name} does not say which base it was trained on ({BASE_FILE} is missing or empty). Set base_model.",
+    )
+
+
+def bring_base(
+    source: BaseSource, *, fetch: Callable[[ArtifactRef], Path], allowed: Sequence[Path], workdir: Path
+) -> BaseFolder:
+    """Bring a base to this machine; `fetch` gets an exact reference and returns a verified folder."""
+    if source.artifact is not None:
+        return BaseFolder(source, fetch(source.artifact), source.artifact.digest)
+    if source.path:
+        return BaseFolder(source, allowed_folder(source.path, allowed, "base_model"))
+    return BaseFolder(source, _download(source, workdir / "hub"))
+
+
+def allowed_folder(path: str, allowed: Sequence[Path], field: str) -> Path:
+    """Return a folder that was named by path.
+
+    PERMISSION_DENIED (PATH_NOT_ALLOWED) outside of LORALINE_ALLOWED_PATHS, links resolved; NOT_FOUND when missing.
+    """
+    folder = Path(os.path.realpath(Path(path).expanduser()))
+    if not any(folder.is_relative_to(os.path.realpath(root.expanduser())) for root in allowed):
+        listed = ", ".join(map(str, allowed)) or "none"
+        message = f"{path} is outside of the folders that may be named by path ({listed}). Set LORALINE_ALLOWED_PATHS."
+        fields = {field: "is not below an allowed folder"}
+        raise LoralineError(grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED", message, fields=fields)
+    if not folder.is_dir():
+        message = f"There is no folder {path} on the server. Check the path, or import the model as an artifact."
+        raise not_found("MODEL_PATH_MISSING", message, path=path)
+    return folder
+
+
+def _download(source: BaseSource, target: Path) -> Path:
+    """Fetch a Hub model into plain files: its cache consists of links that lead out of the model's folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(
+            source.hub_id,
+            revision=source.revision or None,
+            local_dir=target,
+            allow_patterns=[
+                "*.json",
+                "*.safetensors",
+                "*.model",
+                "*.txt",
+                "*.jinja",
+                "*.tiktoken",
+                "LICENSE*",
+                "NOTICE*",
+            ],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise unavailable(
+            "HUB_UNREACHABLE",
+            f"{source.label} could not be fetched from the Hub: {str(error)[:300]}. Import it, or retry.",
+        ) from error
+    return target

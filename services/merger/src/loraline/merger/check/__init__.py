@@ -1,0 +1,1 @@
+"""What is wrong with a model folder, told from its files and the headers of its weights; no torch."""

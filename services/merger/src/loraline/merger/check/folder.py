@@ -1,0 +1,140 @@
+"""Checks a whole model folder and never raises for what it finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loraline.core.errors import LoralineError
+from loraline.merger.check.dimensions import check_dimensions, find_layout
+from loraline.merger.check.findings import Finding, from_error, gravest_first
+from loraline.merger.check.tokenizer import check_tokenizer
+from loraline.merger.check.tokens import chat_template, read_tokenizer
+from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
+from loraline.merger.weights.layout import (
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE,
+    index_problems,
+    no_weights,
+    read_index,
+    shard_path,
+)
+
+
+def check_folder(folder: Path, base: Path | None = None) -> list[Finding]:
+    """Return everything found in a model folder, gravest first; with `base`, also what differs from it."""
+    config, findings = _config(folder)
+    tensors, weight_findings = check_weights(folder)
+    findings += weight_findings
+    if config and tensors:
+        findings += check_dimensions(config, tensors)
+        findings += _leftovers(config, tensors)
+    layout = find_layout(tensors)
+    generation, problems = _json(folder / "generation_config.json", needed=False)
+    findings += problems
+    findings += check_tokenizer(read_tokenizer(folder), config, generation, layout.rows if layout else None)
+    if not chat_template(folder):
+        message = "There is no chat template: chat requests cannot be answered."
+        remedy = "Put chat_template.jinja beside the tokenizer, unless this is a plain completion model."
+        findings.append(Finding("CHAT_TEMPLATE_MISSING", "info", "chat_template.jinja", message, remedy))
+    if base is not None:
+        findings += compare_with_base(config, tensors, base)
+    return gravest_first(dict.fromkeys(findings))
+
+
+def check_weights(folder: Path) -> tuple[dict[str, TensorInfo], list[Finding]]:
+    """Read all headers; return the tensors that could be read, and what is wrong with index and shards."""
+    findings = [
+        Finding(
+            "PICKLE_WEIGHTS", "warning", path.name, f"{path.name} is a pickle; loading it can run code.", "Delete it."
+        )
+        for path in sorted(folder.iterdir())
+        if path.suffix in PICKLE_SUFFIXES
+    ]
+    shards: list[ShardHeader] = []
+    try:
+        indexed = (folder / INDEX_FILE).exists()
+        weight_map = read_index(folder / INDEX_FILE) if indexed else {}
+        if not indexed and not (folder / SINGLE_FILE).exists():
+            raise no_weights(folder)
+    except LoralineError as error:
+        return {}, [*findings, from_error(error, INDEX_FILE)]
+    for name in dict.fromkeys(weight_map.values()) if indexed else [SINGLE_FILE]:
+        try:
+            shards.append(read_header(shard_path(folder, name)))
+        except LoralineError as error:
+            findings.append(from_error(error, name))
+    if indexed and not any(finding.severity == "error" for finding in findings):
+        problems = index_problems(weight_map, tuple(shards))
+        if problems:
+            message = f"The index does not match its shards: {problems[0]} ({len(problems)} such)."
+            remedy = "Write the index anew from the shards."
+            findings.append(Finding("INDEX_MISMATCH", "error", INDEX_FILE, message, remedy, _index_mendable(shards)))
+    return {tensor.name: tensor for shard in shards for tensor in shard.tensors}, findings
+
+
+def _index_mendable(shards: list[ShardHeader]) -> bool:
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    return len(names) == len(set(names))
+
+
+def _config(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
+    config, findings = _json(folder / "config.json", needed=True)
+    if config and not config.get("architectures"):
+        message = "architectures is missing; serving libraries cannot tell which model this is."
+        findings.append(Finding("ARCHITECTURES_MISSING", "error", "config.json", message, "Take the base's config."))
+    if config.get("auto_map"):
+        message = "auto_map asks for code that the model brings; it does not load without trust_remote_code."
+        findings.append(Finding("REMOTE_CODE", "info", "config.json", message, "Allow it only if you trust the model."))
+    return config, findings
+
+
+def _json(path: Path, *, needed: bool) -> tuple[dict[str, Any], list[Finding]]:
+    if not path.is_file():
+        missing = Finding("FILE_MISSING", "error", path.name, f"{path.name} is missing.", "Take the base's file.")
+        return {}, [missing] if needed else []
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path.name} cannot be read: {error}."
+        return {}, [Finding("FILE_UNREADABLE", "error", path.name, message, "Take the base's file.")]
+    return content, []
+
+
+def _leftovers(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Finding]:
+    plain = all(tensor.dtype in {"F32", "F16", "BF16", "F64"} for tensor in tensors.values())
+    if config.get("quantization_config") and plain:
+        message = "quantization_config is left over: all weights are plain floats."
+        return [Finding("QUANTIZATION_LEFT_OVER", "error", "config.json", message, "Remove quantization_config.", True)]
+    return []
+
+
+def compare_with_base(config: dict[str, Any], tensors: dict[str, TensorInfo], base: Path) -> list[Finding]:
+    """Return how names, shapes and the main config fields differ from the base's."""
+    base_config, problems = _json(base / "config.json", needed=True)
+    base_tensors, base_findings = check_weights(base)
+    if problems or any(finding.severity == "error" for finding in base_findings):
+        message = "The base itself cannot be read; nothing was compared with it."
+        return [Finding("BASE_UNREADABLE", "warning", "", message, "Check the base alone.")]
+    findings = []
+    for name in sorted(set(base_tensors) - set(tensors))[:5]:
+        findings.append(
+            Finding("MISSING_TENSOR", "error", "", f"{name} of the base is missing.", "Save the model again.")
+        )
+    for name in sorted(set(tensors) & set(base_tensors)):
+        if tensors[name].shape != base_tensors[name].shape:
+            message = f"{name} is {list(tensors[name].shape)}, the base's is {list(base_tensors[name].shape)}."
+            findings.append(
+                Finding("SHAPE_DIFFERS_FROM_BASE", "warning", "", message, "Expected only for a new vocabulary.")
+            )
+    free = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config"}
+    for name in sorted((set(config) | set(base_config)) - free):
+        if config.get(name) != base_config.get(name):
+            message = f"{name} is {config.get(name)!r}, the base has {base_config.get(name)!r}."
+            remedy = "Take the base's value, unless the change is meant."
+            findings.append(Finding("CONFIG_DIFFERS_FROM_BASE", "warning", "config.json", message, remedy, True))
+    return findings

@@ -1,0 +1,126 @@
+"""The tokenizer against itself, config.json, generation_config.json and the rows of the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loraline.merger.check.findings import Finding
+from loraline.merger.check.tokens import SPECIAL_NAMES, TokenizerFiles
+
+UNLOADABLE_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Class names of transformers 5 that older serving libraries cannot import -> the one every version has."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def check_tokenizer(
+    files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any], rows: int | None
+) -> list[Finding]:
+    """Return what is wrong; `rows` are the rows of the embedding, None when unknown."""
+    findings = [
+        Finding("FILE_UNREADABLE", "error", name, f"{name} cannot be read: {why}.", "Take the base's file.", False)
+        for name, why in files.unreadable.items()
+    ]
+    if not any(files.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        message = "The folder has no tokenizer.json, tokenizer.model or vocabulary."
+        return [
+            *findings,
+            Finding("TOKENIZER_MISSING", "error", "tokenizer.json", message, "Copy the base's tokenizer."),
+        ]
+    findings += [*_named(files), *_class(files), *_special(files), *_blank(files, config, generation)]
+    findings += [*_ranges(files, config, generation, rows), *_agreement(files, config, generation)]
+    return findings
+
+
+def _named(files: TokenizerFiles) -> Iterator[Finding]:
+    if not files.has("tokenizer.model") or files.has("tokenizer.json"):
+        return
+    if not (files.config.get("vocab_file") or files.config.get("tokenizer_file")):
+        message = "tokenizer.model is the only vocabulary, and neither vocab_file nor tokenizer_file names it."
+        remedy = 'Add "vocab_file": "tokenizer.model"; loaders otherwise fail with "not NoneType".'
+        yield Finding("TOKENIZER_MODEL_UNNAMED", "warning", TOKENIZER_CONFIG, message, remedy, True)
+
+
+def _class(files: TokenizerFiles) -> Iterator[Finding]:
+    name = files.config.get("tokenizer_class")
+    if name in UNLOADABLE_CLASSES:
+        message = f"tokenizer_class is {name}, which only transformers 5 has."
+        remedy = f"Set it to {UNLOADABLE_CLASSES[name]}, which every version loads."
+        yield Finding("TOKENIZER_CLASS_UNKNOWN", "warning", TOKENIZER_CONFIG, message, remedy, True)
+
+
+def _special(files: TokenizerFiles) -> Iterator[Finding]:
+    if not files.ids or not files.has("tokenizer.json"):
+        return
+    for name in SPECIAL_NAMES:
+        text = files.token(name)
+        if text and text.strip() and text not in files.ids:
+            message = f"{name} {text!r} is no single token of the vocabulary."
+            remedy = "Take the base's tokenizer, or name a token that exists."
+            yield Finding("SPECIAL_TOKEN_NOT_SINGLE", "error", TOKENIZER_CONFIG, message, remedy)
+
+
+def _blank(files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Iterator[Finding]:
+    for file, source in ((TOKENIZER_CONFIG, files.config), ("special_tokens_map.json", files.special_map)):
+        value = source.get("eos_token")
+        if value is not None and not str(value.get("content", "") if isinstance(value, Mapping) else value).strip():
+            right = right_eos(files, config, generation)
+            message = f"eos_token is blank ({value!r}); answers will not end."
+            remedy = f"Set it to {right!r}." if right else "Set it to the token that ends an answer."
+            yield Finding("EOS_TOKEN_BLANK", "error", file, message, remedy, bool(right))
+
+
+def right_eos(files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any]) -> str:
+    """Return the token that should be the eos_token of a folder whose own is blank; empty when it cannot be told."""
+    for ids in (token_ids(generation.get("eos_token_id")), token_ids(config.get("eos_token_id"))):
+        for number in ids:
+            text = files.text_of(number)
+            if text and text.strip():
+                return text
+    return "</s>" if "</s>" in files.ids or (not files.ids and files.has("tokenizer.model")) else ""
+
+
+def token_ids(value: Any) -> list[int]:
+    """Return the ids of a config field that may be absent, one id or a list."""
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]
+
+
+def _ranges(
+    files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any], rows: int | None
+) -> Iterator[Finding]:
+    if rows is None:
+        return
+    if files.ids and max(files.ids.values()) >= rows:
+        greatest = max(files.ids, key=lambda text: files.ids[text])
+        message = f"Token {greatest!r} has id {files.ids[greatest]}, but the embedding has {rows} rows."
+        remedy = "Use the tokenizer that belongs to the weights; a GPU asserts on such an id (device-side assert)."
+        yield Finding("TOKEN_ID_OUT_OF_RANGE", "error", "tokenizer.json", message, remedy)
+    for file, source in (("config.json", config), ("generation_config.json", generation)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            for number in token_ids(source.get(name)):
+                if not 0 <= number < rows:
+                    message = f"{name} is {number}, but the embedding has {rows} rows."
+                    remedy = "Set it to the tokenizer's id, or to null."
+                    yield Finding("TOKEN_ID_OUT_OF_RANGE", "error", file, message, remedy, True)
+
+
+def _agreement(files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Iterator[Finding]:
+    eos = files.token_id("eos_token")
+    file, stops = stopping_ids(config, generation)
+    if eos is not None and eos not in stops:
+        message = f"The tokenizer's eos_token is id {eos}, but generation stops at {stops or 'nothing'}."
+        yield Finding("EOS_IDS_DISAGREE", "warning", file, message, f"Add {eos} to eos_token_id.", True)
+    pad = files.token_id("pad_token")
+    for name, source in (("config.json", config), ("generation_config.json", generation)):
+        said = token_ids(source.get("pad_token_id"))
+        if pad is not None and said and said[0] >= 0 and said[0] != pad:
+            message = f"pad_token_id is {said[0]}, the tokenizer's pad_token is id {pad}."
+            yield Finding("PAD_IDS_DISAGREE", "warning", name, message, f"Set it to {pad}.", True)
+
+
+def stopping_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[str, list[int]]:
+    """Return the file that decides where generation stops, and its ids: generation_config.json where there is one."""
+    if generation:
+        return "generation_config.json", token_ids(generation.get("eos_token_id"))
+    return "config.json", token_ids(config.get("eos_token_id"))

@@ -1,0 +1,100 @@
+"""The tokenizer's files, read as data: which ids there are and what the special tokens are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What the files of a folder say; ids are empty when there is no tokenizer.json (a SentencePiece model alone)."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    special_map: dict[str, Any] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """File -> why it cannot be read."""
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has the file."""
+        return (self.folder / name).is_file()
+
+    def token(self, name: str) -> str | None:
+        """Return a special token's text, such as that of `eos_token`; None when it is not set anywhere."""
+        for source in (self.config, self.special_map):
+            if source.get(name) is not None:
+                return token_text(source[name])
+        return None
+
+    def token_id(self, name: str) -> int | None:
+        """Return a special token's id, when it is set and one id."""
+        text = self.token(name)
+        return None if text is None else self.ids.get(text)
+
+    def text_of(self, token_id: int) -> str | None:
+        """Return the token with this id."""
+        return next((text for text, number in self.ids.items() if number == token_id), None)
+
+
+def token_text(value: Any) -> str:
+    """Return the text of a token that is written as a string or as an AddedToken object."""
+    return str(value.get("content", "")) if isinstance(value, Mapping) else str(value)
+
+
+def read_tokenizer(folder: Path) -> TokenizerFiles:
+    """Read what tokenizer files there are; what cannot be read is noted, not raised."""
+    unreadable: dict[str, str] = {}
+    config = _object(folder / "tokenizer_config.json", unreadable)
+    special = _object(folder / "special_tokens_map.json", unreadable)
+    ids = _ids(_object(folder / "tokenizer.json", unreadable))
+    ids.update({str(k): v for k, v in _object(folder / "added_tokens.json", unreadable).items() if isinstance(v, int)})
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        ids.update({token_text(token): int(number) for number, token in decoder.items() if str(number).isdigit()})
+    return TokenizerFiles(folder, config, special, ids, unreadable)
+
+
+def _object(path: Path, unreadable: dict[str, str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        unreadable[path.name] = str(error)
+        return {}
+    return content
+
+
+def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids: dict[str, int] = {}
+    if isinstance(vocabulary, dict):
+        ids.update({text: number for text, number in vocabulary.items() if isinstance(number, int)})
+    elif isinstance(vocabulary, list):  # Unigram: pairs of text and score, the place is the id
+        ids.update({str(pair[0]): number for number, pair in enumerate(vocabulary) if isinstance(pair, list) and pair})
+    for token in tokenizer.get("added_tokens") or ():
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            ids[token_text(token)] = token["id"]
+    return ids
+
+
+def chat_template(folder: Path) -> str:
+    """Return the folder's chat template from its file, else from tokenizer_config.json; empty without one."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    value = read_tokenizer(folder).config.get("chat_template")
+    if isinstance(value, list):  # several named templates
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,1 @@
+"""The engines: what computes. Only these modules import torch, transformers and peft."""

@@ -1,0 +1,121 @@
+"""Decides by measurement whether a merge may be published: runs the comparison and holds it against the bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.evidence.probes import compare_logprobs, load_probes
+from loraline.merger.engines.measure import Measurement, Reference, compute_reference, measure_folder
+from loraline.merger.engines.rendering import load_tokenizer
+from loraline.merger.texts import collect_texts
+
+if TYPE_CHECKING:
+    from loraline.merger.merging import AdapterInput, MergeOptions, MergeOutcome, MergeWatch
+
+_NO_SIGNAL = 1e-3
+"""Below this difference between base and adapter, in nats, a comparison proves nothing."""
+RECORDED_SUBJECT = "adapter as the trainer measured it"
+
+
+def measure_merge(
+    base: Path,
+    inputs: Sequence[AdapterInput],
+    out: Path,
+    options: MergeOptions,
+    outcome: MergeOutcome,
+    watch: MergeWatch,
+) -> None:
+    """Measure the folder as written and add the rows to the outcome.
+
+    Raises FAILED_PRECONDITION: MERGE_CHANGED_MODEL above a bound, ADAPTER_CHANGED when base+adapter does not answer as
+    the trainer recorded.
+    """
+    settings = options.measure
+    dtype = torch.float32 if settings.dtype == "float32" else "auto"
+    folders = [one.folder for one in inputs]
+    texts = collect_texts(
+        folders, lambda text: load_tokenizer(out).encode(text), max_tokens=settings.tokens, max_length=settings.length
+    )
+    if not texts:
+        raise failed_precondition(
+            "NOTHING_TO_MEASURE", "No text of the adapter fits into the measured length. Raise it on the server."
+        )
+    path = out.with_name(out.name + ".reference.f32")
+    try:
+        pairs = [(one.folder, one.weight) for one in inputs]
+        reference = compute_reference(base, pairs, texts, path, dtype=dtype, check=watch.check)
+        if len(inputs) == 1 and inputs[0].weight == 1:
+            _against_record(reference, inputs[0], options, outcome)
+        merged = measure_folder(out, reference, f"merged {outcome.dtype}", dtype=dtype, check=watch.check)
+    finally:
+        path.unlink(missing_ok=True)
+    within = within_bounds(merged, options, outcome.dtype)
+    outcome.measurements.append((merged, within))
+    if not within:
+        raise changed_model(merged, options, outcome.dtype)
+    if merged.base_to_adapter_diff < _NO_SIGNAL:
+        outcome.remarks.append(
+            f"the adapter moves the base by at most {merged.base_to_adapter_diff:.2g} nats on the measured texts: "
+            "the comparison proves little, and the adapter does little"
+        )
+
+
+def within_bounds(measurement: Measurement, options: MergeOptions, dtype: str) -> bool:
+    """Whether both figures are within the bounds; undefined figures are not."""
+    limit = options.bounds.max_diff_for(dtype)
+    return measurement.max_abs_logprob_diff <= limit and measurement.mean_kl <= options.bounds.max_kl
+
+
+def _against_record(reference: Reference, adapter: AdapterInput, options: MergeOptions, outcome: MergeOutcome) -> None:
+    """Compare base+adapter, as computed here, with what the trainer recorded."""
+    pairs = [
+        (list(text.recorded), own)
+        for text, own in zip(reference.texts, reference.own_logprobs, strict=True)
+        if text.recorded
+    ]
+    if not pairs:
+        return
+    found = compare_logprobs([recorded for recorded, _ in pairs], [own for _, own in pairs])
+    limit = options.bounds.max_diff_for("bf16")
+    within = found.max_abs <= limit
+    row = Measurement(RECORDED_SUBJECT, found.tokens, 0.0, 0.0, found.max_abs, 0.0, reference.base_to_adapter_diff)
+    outcome.measurements.append((row, within))
+    if within:
+        return
+    message = (
+        f"Base and adapter answer up to {found.max_abs:.3g} nats away from what the trainer recorded (bound {limit:g})"
+    )
+    exact = load_probes(adapter.folder).dtype == "float32"
+    if exact and not adapter.trained_quantised:
+        raise failed_precondition(
+            "ADAPTER_CHANGED",
+            f"{message}. Base or adapter are not those of the training; take both from the training's artifacts.",
+            max_abs_logprob_diff=f"{found.max_abs:.6g}",
+            bound=f"{limit:g}",
+        )
+    outcome.remarks.append(f"{message}; the training did not compute in float32, or ran on a quantised base")
+
+
+def changed_model(found: Measurement, options: MergeOptions, dtype: str) -> LoralineError:
+    """FAILED_PRECONDITION with the figures."""
+    limit = options.bounds.max_diff_for(dtype)
+    return failed_precondition(
+        "MERGE_CHANGED_MODEL",
+        "The merged model does not answer like base+adapter: "
+        f"greatest difference {found.max_abs_logprob_diff:.3g} nats (bound {limit:g}), "
+        f"mean KL {found.mean_kl:.3g} nats (bound {options.bounds.max_kl:g}), on {found.tokens} tokens, "
+        f"where the adapter moves the base by {found.base_to_adapter_diff:.3g}. Nothing was published. "
+        "Try dtype fp32, or serve the adapter unmerged.",
+        max_abs_logprob_diff=f"{found.max_abs_logprob_diff:.6g}",
+        mean_kl=f"{found.mean_kl:.6g}",
+        max_kl=f"{found.max_kl:.6g}",
+        top1_agreement=f"{found.top1_agreement:.6g}",
+        base_to_adapter_diff=f"{found.base_to_adapter_diff:.6g}",
+        bound_diff=f"{limit:g}",
+        bound_kl=f"{options.bounds.max_kl:g}",
+        tokens=str(found.tokens),
+    )

@@ -1,0 +1,100 @@
+"""Figures of the newest merge and check, read from the job table when someone asks; durations are the job engine's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from loraline.api.job.v1 import job_pb2
+from loraline.api.merger.v1 import merger_pb2
+from loraline.core.db.database import Database
+from loraline.core.db.schema import jobs
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_SEVERITIES = {
+    merger_pb2.MODEL_FINDING_SEVERITY_INFO: "info",
+    merger_pb2.MODEL_FINDING_SEVERITY_WARNING: "warning",
+    merger_pb2.MODEL_FINDING_SEVERITY_ERROR: "error",
+}
+log = structlog.get_logger("loraline.metrics")
+
+
+class MergerMetrics(Collector):
+    """`loraline_merge_last_*` of the newest succeeded merge, `loraline_model_check_last_findings` of the newest check.
+
+    Merges run in processes of their own, on any replica; their results in the table are what all replicas agree on.
+    """
+
+    def __init__(self, database: Database):
+        self._database = database
+
+    def describe(self) -> list[Metric]:
+        """Return nothing, so that registering asks no database."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauges; none before the first result, or while the database does not answer."""
+        try:
+            merge = self._newest("merger.merge")
+            check = self._newest("merger.check_model")
+        except Exception as error:  # /metrics must answer when the database does not
+            log.warning("merge results cannot be read for metrics", error=str(error))
+            return
+        if merge is not None:
+            yield from _merge_figures(merge)
+        if check is not None:
+            yield _findings(check)
+
+    def _newest(self, kind: str) -> Any | None:
+        query = sa.select(jobs.c.result, jobs.c.start_time, jobs.c.end_time)
+        query = query.where(jobs.c.kind == kind, jobs.c.state == job_pb2.JOB_STATE_SUCCEEDED)
+        with self._database.read() as connection:
+            return connection.execute(query.order_by(jobs.c.end_time.desc()).limit(1)).first()
+
+
+def _unpack(content: bytes, message: Any) -> Any:
+    AnyMessage.FromString(content).Unpack(message)
+    return message
+
+
+def _merge_figures(row: Any) -> Iterator[Metric]:
+    result = _unpack(row.result, merger_pb2.MergeResult())
+    seconds = max(0.0, (row.end_time or 0.0) - (row.start_time or 0.0))
+    yield _gauge("seconds", "Duration of the newest merge with its measurements.", seconds)
+    yield _gauge("written_bytes", "Bytes of weights that the newest merge wrote.", result.bytes_written)
+    yield _gauge("merged_tensors", "Tensors that the newest merge changed.", result.merged_tensors)
+    if result.measurements:
+        last = result.measurements[-1]
+        yield _gauge("mean_kl_nats", "Mean KL divergence of the newest merged model from base+adapter.", last.mean_kl)
+        yield _gauge(
+            "max_abs_logprob_diff_nats",
+            "Greatest difference of a log-probability in the newest merge.",
+            last.max_abs_logprob_diff,
+        )
+    repairs = GaugeMetricFamily(
+        "loraline_merge_last_repairs", "Repairs in the newest merged model by code.", labels=["code"]
+    )
+    for code, count in sorted(Counter(repair.code for repair in result.repairs).items()):
+        repairs.add_metric([code], count)
+    yield repairs
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"loraline_merge_last_{name}", text, value=value)
+
+
+def _findings(row: Any) -> Metric:
+    result = _unpack(row.result, merger_pb2.CheckModelResult())
+    family = GaugeMetricFamily(
+        "loraline_model_check_last_findings", "Findings of the newest check.", labels=["code", "severity"]
+    )
+    counts = Counter((finding.code, _SEVERITIES.get(finding.severity, "info")) for finding in result.findings)
+    for labels, count in sorted(counts.items()):
+        family.add_metric(list(labels), count)
+    return family

@@ -1,0 +1,155 @@
+"""The evidence of a merge as files: merge_report.json for programs, README.md (the model card) for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
+from loraline.api.merger.v1 import merger_pb2
+from loraline.core.artifacts.refs import format_ref
+from loraline.merger.base import BaseFolder
+from loraline.merger.check.findings import Finding
+from loraline.merger.merging import MergeOptions, MergeOutcome
+from loraline.merger.sync import write_json
+
+REPORT_FILE = "merge_report.json"
+_LIBRARIES = ("loraline-merger", "peft", "safetensors", "tokenizers", "torch", "transformers")
+
+Adapters = Sequence[tuple[ArtifactRef, float]]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that make a merge, by distribution name; missing ones are left out."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def merge_result(outcome: MergeOutcome) -> merger_pb2.MergeResult:
+    """Return the outcome as the contract has it; the model's reference is filled in after publishing."""
+    measurements = [
+        merger_pb2.MergeMeasurement(
+            subject=found.subject,
+            tokens=found.tokens,
+            mean_kl=found.mean_kl,
+            max_kl=found.max_kl,
+            max_abs_logprob_diff=found.max_abs_logprob_diff,
+            top1_agreement=found.top1_agreement,
+            base_to_adapter_diff=found.base_to_adapter_diff,
+            within_bound=within,
+        )
+        for found, within in outcome.measurements
+    ]
+    return merger_pb2.MergeResult(
+        measurements=measurements,
+        synced_files=[file.to_proto() for file in outcome.synced],
+        repairs=[repair.to_proto() for repair in outcome.repairs],
+        merged_tensors=outcome.written.merged_tensors,
+        bytes_written=outcome.written.bytes_written,
+        receipt_rows_matched=outcome.receipt_rows,
+        merge_path=outcome.merge_path,
+    )
+
+
+def write_reports(
+    folder: Path, name: str, outcome: MergeOutcome, options: MergeOptions, base: BaseFolder, adapters: Adapters
+) -> None:
+    """Write both files into the model's folder. No times, so that an equal merge gives an equal artifact."""
+    write_json(folder / REPORT_FILE, _report(outcome, options, base, adapters))
+    (folder / "README.md").write_text(_card(name, outcome, options, base, adapters), encoding="utf-8")
+
+
+def _report(outcome: MergeOutcome, options: MergeOptions, base: BaseFolder, adapters: Adapters) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "base_model": {"name": base.source.label, "digest": base.digest},
+        "adapters": [{"ref": format_ref(ref), "digest": ref.digest, "weight": weight} for ref, weight in adapters],
+        "merge_path": outcome.merge_path,
+        "dtype": outcome.dtype,
+        "merged_tensors": outcome.written.merged_tensors,
+        "bytes_written": outcome.written.bytes_written,
+        "measurements": [{**asdict(found), "within_bound": within} for found, within in outcome.measurements],
+        "bounds": {
+            "max_kl": options.bounds.max_kl,
+            "max_abs_logprob_diff": options.bounds.max_diff_for(outcome.dtype),
+        },
+        "receipt_rows_matched": outcome.receipt_rows,
+        "synced_files": [asdict(file) for file in outcome.synced],
+        "repairs": [asdict(repair) for repair in outcome.repairs],
+        "remarks": outcome.remarks,
+        "library_versions": library_versions(),
+    }
+
+
+def _card(name: str, outcome: MergeOutcome, options: MergeOptions, base: BaseFolder, adapters: Adapters) -> str:
+    lines = [
+        f"# {name}",
+        "",
+        "A merged model, measured against its base with the adapter attached.",
+        "",
+        "## Lineage",
+        "",
+    ]
+    lines += ["| what | name | digest | weight |", "| --- | --- | --- | --- |"]
+    lines.append(f"| base | {base.source.label} | {base.digest or 'not an artifact'} | |")
+    lines += [f"| adapter | {format_ref(ref)} | {ref.digest} | {weight:g} |" for ref, weight in adapters]
+    lines += ["", f"Merge path: {outcome.merge_path}. Weights: {outcome.dtype}, "]
+    lines[-1] += f"{outcome.written.merged_tensors} tensors merged."
+    lines += ["", "## Evidence", "", "Differences in nats; the reference is base+adapter, unmerged.", ""]
+    lines += [
+        "| compared | tokens | mean KL | max KL | max difference | top-1 equal | base to adapter | within bound |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [_row(found, within) for found, within in outcome.measurements]
+    limit = options.bounds.max_diff_for(outcome.dtype)
+    lines += ["", f"Bounds: difference {limit:g}, mean KL {options.bounds.max_kl:g}. "]
+    lines[-1] += f"Token receipt: {outcome.receipt_rows} rows rendered to the ids of the training."
+    lines += ["", "## Files beside the base's", "", "| file | same bytes | difference |", "| --- | --- | --- |"]
+    lines += [f"| {f.path} | {'yes' if not f.difference else 'no'} | {_cell(f.difference)} |" for f in outcome.synced]
+    if outcome.remarks:
+        lines += ["", "## Remarks", "", *(f"- {remark}" for remark in outcome.remarks)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(found: Any, within: bool) -> str:
+    verdict = "yes" if within else "no"
+    if found.mean_kl == found.top1_agreement == 0:  # recorded log-probabilities have no distribution to compare
+        kl = "| – | –"
+        return f"| {found.subject} | {found.tokens} {kl} | {found.max_abs_logprob_diff:.2e} | – | | {verdict} |"
+    return (
+        f"| {found.subject} | {found.tokens} | {found.mean_kl:.2e} | {found.max_kl:.2e} | "
+        f"{found.max_abs_logprob_diff:.2e} | {found.top1_agreement:.3f} | {found.base_to_adapter_diff:.2e} | {verdict} |"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def write_check_report(folder: Path, model: str, findings: Sequence[Finding], *, loads: bool) -> None:
+    """Write a check's report, for programs and for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"version": 1, "model": model, "loadable": loads, "findings": [asdict(f) for f in findings]}
+    write_json(folder / "report.json", content)
+    lines = [f"# Check of {model}", "", "It will load." if loads else "It will **not** load.", ""]
+    if findings:
+        lines += [
+            "| severity | code | file | what | what to do | repairable |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {f.severity} | {f.code} | {f.file} | {_cell(f.message)} | {_cell(f.remedy)} | "
+            f"{'yes' if f.repairable else 'no'} |"
+            for f in findings
+        ]
+    else:
+        lines.append("Nothing was found.")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

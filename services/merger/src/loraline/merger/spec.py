@@ -1,0 +1,91 @@
+"""The requests as the job understands them: defaults filled in, unsupported parts refused. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
+from loraline.api.merger.v1 import merger_pb2
+from loraline.core.errors import LoralineError, invalid_argument, unsupported
+
+Dtype = Literal["", "bf16", "fp16", "fp32"]
+MAX_KL = 0.01
+"""Default bound of the mean KL divergence, in nats."""
+MAX_DIFF_FP32 = 0.05
+"""Default bound of a log-probability's difference for fp32 results, in nats."""
+MAX_DIFF_16BIT = 0.25
+"""The same for 16-bit results."""
+
+
+@dataclass(frozen=True)
+class MergeBounds:
+    """Above these nothing is published; in nats. A zero difference bound means the default of the result's type."""
+
+    max_kl: float = MAX_KL
+    max_diff: float = 0.0
+
+    def max_diff_for(self, dtype: str) -> float:
+        """Return the bound of a log-probability's difference for a result of this type."""
+        return self.max_diff or (MAX_DIFF_FP32 if dtype == "fp32" else MAX_DIFF_16BIT)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How much is measured, and in which type."""
+
+    tokens: int = 512
+    length: int = 2048
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """A merge."""
+
+    name: str
+    adapters: tuple[tuple[ArtifactRef, float], ...]
+    base: ArtifactRef | None
+    dtype: Dtype
+    bounds: MergeBounds
+    original_base: bool
+    """The caller asked for ORIGINAL, rather than for what is measured best."""
+
+
+def merge_spec(request: merger_pb2.MergeRequest) -> MergeSpec:
+    """Read a MergeRequest. Raises INVALID_ARGUMENT for wrong kinds and UNIMPLEMENTED for parts not served yet."""
+    if not request.adapters:
+        raise invalid_argument("ADAPTERS_MISSING", "Name at least one adapter.", adapters="at least one")
+    for number, adapter in enumerate(request.adapters):
+        require_kind(adapter.ref, artifact_pb2.ARTIFACT_KIND_ADAPTER, f"adapters[{number}].ref")
+        if adapter.HasField("weight") and not abs(adapter.weight) < 1e6:
+            raise invalid_argument(
+                "WEIGHT_INVALID", f"Weight {adapter.weight} of adapter {number} is no usable number."
+            )
+    base = request.base_model if request.HasField("base_model") else None
+    if base is not None:
+        require_kind(base, artifact_pb2.ARTIFACT_KIND_MODEL, "base_model")
+    if request.combine not in (merger_pb2.COMBINE_METHOD_UNSPECIFIED, merger_pb2.COMBINE_METHOD_LINEAR):
+        method = merger_pb2.CombineMethod.Name(request.combine)
+        raise unsupported(f"combine {method}", "Use COMBINE_METHOD_LINEAR, a weighted sum.")
+    if request.merge_base == merger_pb2.MERGE_BASE_DEQUANTIZED:
+        raise unsupported("merge_base MERGE_BASE_DEQUANTIZED", "Use MERGE_BASE_ORIGINAL.")
+    weights = [(a.ref, a.weight if a.HasField("weight") else 1.0) for a in request.adapters]
+    bounds = MergeBounds(request.max_kl or MAX_KL, request.max_abs_logprob_diff)
+    original = request.merge_base == merger_pb2.MERGE_BASE_ORIGINAL
+    return MergeSpec(request.name, tuple(weights), base, request.dtype, bounds, original)  # type: ignore[arg-type]
+
+
+def require_kind(ref: ArtifactRef, kind: int, field: str) -> None:
+    """INVALID_ARGUMENT when a reference is of another kind."""
+    if ref.kind != kind:
+        raise wrong_kind(field, artifact_pb2.ArtifactKind.Name(kind), artifact_pb2.ArtifactKind.Name(ref.kind))  # type: ignore[arg-type]
+
+
+def wrong_kind(field: str, wanted: str, found: str) -> LoralineError:
+    """INVALID_ARGUMENT that names the field."""
+    text = f"must be of kind {wanted}, is {found}"
+    error = invalid_argument("WRONG_ARTIFACT_KIND", f"{field} {text}.")
+    error.fields[field] = text
+    return error

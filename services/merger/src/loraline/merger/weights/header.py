@@ -1,0 +1,112 @@
+"""The header of one safetensors file: names, types, shapes and offsets, with no weights read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraline.core.errors import data_loss
+from safetensors import SafetensorError, safe_open
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes of one element by the format's own type name."""
+
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types that a merge may add to or convert."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its file's header describes it; `start` and `end` count from the first byte after the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """A validated header. `tensors` are in the order of their bytes; `data_start` is the offset of the first byte."""
+
+    path: Path
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, str] | None
+    data_start: int
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of all tensors."""
+        return self.tensors[-1].end if self.tensors else 0
+
+
+def read_header(path: Path) -> ShardHeader:
+    """Read and validate the header of `path`.
+
+    The safetensors library checks that offsets are contiguous and that the file is exactly as long as its header says,
+    which finds truncation; what it refuses is DATA_LOSS with reason CORRUPT_WEIGHTS, the file and the library's words.
+    """
+    try:
+        with safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = json.loads(file.read(length))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise corrupt_weights(path, str(error)) from error
+    metadata = raw.pop("__metadata__", None)
+    tensors = [
+        TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in raw.items()
+    ]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    return ShardHeader(path, tuple(tensors), metadata, 8 + length)
+
+
+def encode_header(header: ShardHeader, dtypes: dict[str, str]) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """Return the bytes that begin the written shard, and where its tensors lie.
+
+    Without a change of type these are the base's own header bytes, so that an untouched shard stays byte-identical.
+    `dtypes` names the new type of those tensors that change theirs; the order of the tensors stays.
+    """
+    if not any(dtypes.get(tensor.name, tensor.dtype) != tensor.dtype for tensor in header.tensors):
+        with header.path.open("rb") as file:
+            return file.read(header.data_start), header.tensors
+    placed: list[TensorInfo] = []
+    offset = 0
+    for tensor in header.tensors:
+        dtype = dtypes.get(tensor.name, tensor.dtype)
+        size = tensor.size if dtype == tensor.dtype else math.prod(tensor.shape) * DTYPE_BYTES[dtype]
+        placed.append(TensorInfo(tensor.name, dtype, tensor.shape, offset, offset + size))
+        offset += size
+    entries: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
+    for tensor in placed:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.start, tensor.end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
+    return len(text).to_bytes(8, "little") + text, tuple(placed)
+
+
+def corrupt_weights(path: Path, reason: str) -> Exception:
+    """DATA_LOSS for a weights file that cannot be trusted."""
+    return data_loss(
+        "CORRUPT_WEIGHTS",
+        f"{path.name} is no valid safetensors file ({reason}). Copy or publish it again from where it was made.",
+        file=path.name,
+        size_bytes=str(os.path.getsize(path)) if path.exists() else "0",  # noqa: PTH202
+    )

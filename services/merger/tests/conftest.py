@@ -1,0 +1,157 @@
+"""Small models, tokenizers and adapters, made here: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from loraline.core.evidence.probes import Probe, ProbeSet
+from loraline.core.evidence.receipt import ReceiptCounts, ReceiptRow, TokenReceipt, digest_text
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 320
+CONVERSATIONS = [
+    [{"role": "user", "content": "Where is the boat?"}, {"role": "assistant", "content": "In the harbour."}],
+    [{"role": "user", "content": "What is 14?"}, {"role": "assistant", "content": "A number of boats, not a name."}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "비가 와요"},
+        {"role": "assistant", "content": "네."},
+    ],
+]
+
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "mistral": (transformers.MistralConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "gpt2": (transformers.GPT2Config, {}),
+}
+_DENSE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+
+def build_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    raw.train_from_iterator([m["content"] for c in CONVERSATIONS for m in c] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2))
+    return tokenizer
+
+
+MakeBase = Callable[..., Path]
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> MakeBase:
+    def make(
+        family: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "5GB", name: str = "base", **extra: Any
+    ) -> Path:
+        folder = tmp_path / name
+        template = extra.pop("template", TEMPLATE)
+        seed = extra.pop("seed", 0)
+        kind, own = FAMILIES[family]
+        tokenizer = build_tokenizer(folder, template=template)
+        settings = {**(_GPT2 if family == "gpt2" else _DENSE), **own, **extra}
+        config = kind(
+            vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings,
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():  # the usual start is so small that every model answers alike
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0, 0.25)
+        model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> MakeAdapter:
+    def make(
+        base: Path, *, name: str = "adapter", seed: int = 1, evidence: bool = True, size: float = 0.1, **settings: Any
+    ) -> Path:
+        folder = tmp_path / name
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        targets = ["c_attn", "c_proj"] if model.config.model_type == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+        config = LoraConfig(
+            **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": targets, **settings}
+        )
+        peft_model = get_peft_model(model, config)
+        torch.manual_seed(seed)
+        with torch.no_grad():  # peft starts with B = 0, which would prove nothing
+            for key, parameter in peft_model.named_parameters():
+                if "lora_" in key or "modules_to_save" in key:
+                    parameter.add_(torch.randn_like(parameter) * size)
+        peft_model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        if evidence:
+            write_evidence(base, folder)
+        return folder
+
+    return make
+
+
+def write_evidence(base: Path, adapter: Path, template: str = TEMPLATE) -> None:
+    """Write what the trainer would: receipt and probes, from base and adapter as they are."""
+    from loraline.merger.engines.measure import text_logprobs
+    from loraline.merger.engines.models import attach_adapters, load_causal_lm
+    from loraline.merger.texts import MeasuredText
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    rows = []
+    for number, messages in enumerate(CONVERSATIONS):
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        rows.append(ReceiptRow(f"train.jsonl:{number + 1}", messages, ids, [0] * 5 + [1] * (len(ids) - 5)))
+    counts = ReceiptCounts(rows=len(rows), tokens=sum(len(row.input_ids) for row in rows))
+    TokenReceipt(digest_text(template), "prefix_difference", tokenizer.eos_token_id, counts, rows).save(adapter)
+    (adapter / "chat_template.jinja").write_text(template)
+    model = attach_adapters(load_causal_lm(base, torch.float32), [(adapter, 1.0)])
+    probes = []
+    for number, messages in enumerate(CONVERSATIONS[:2]):
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        response = tokenizer.encode(messages[-1]["content"])
+        text = MeasuredText("p", (*prompt, *response), tuple(range(len(prompt), len(prompt) + len(response))))
+        own = torch.tensor(response)[:, None]
+        with_adapter = text_logprobs(model, text).gather(1, own)[:, 0].tolist()
+        with model.disable_adapter():
+            plain = text_logprobs(model, text).gather(1, own)[:, 0].tolist()
+        probes.append(Probe(f"probe-{number}", messages[:-1], prompt, response, plain, with_adapter))
+    ProbeSet("float32", probes).save(adapter)

@@ -1,0 +1,156 @@
+"""Where base models come from: a Hub id, a folder on the server, an artifact. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.artifacts.refs import format_ref
+from loraline.core.errors import LoralineError, failed_precondition, not_found
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+
+FetchArtifact = Callable[[artifact_pb2.ArtifactRef], Path]
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base model on this machine."""
+
+    folder: Path
+    """Hugging Face folder; read-only."""
+    model: pb.BaseModel
+    """The source with exact version or commit."""
+    trust_remote_code: bool
+
+    @property
+    def label(self) -> str:
+        """How people would name it: `model/tiny:v1`, a Hub id or a folder's name."""
+        source = self.model.WhichOneof("source")
+        if source == "artifact":
+            return format_ref(self.model.artifact)
+        return self.model.hub_id or Path(self.model.path).name
+
+    def record(self) -> dict[str, str]:
+        """Return the content of base_model.json: what an adapter remembers of its base."""
+        source = self.model.WhichOneof("source") or ""
+        content = {
+            "source": source.removesuffix("_id"),
+            "ref": "",
+            "digest": "",
+            "hub_id": "",
+            "revision": "",
+            "path": "",
+        }
+        if source == "artifact":
+            content |= {"ref": format_ref(self.model.artifact), "digest": self.model.artifact.digest}
+        else:
+            content |= {"hub_id": self.model.hub_id, "path": self.model.path, "revision": self.model.revision}
+        for name in ("config", "tokenizer"):
+            file = self.folder / f"{name}.json"
+            digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+            content[f"{name}_sha256"] = digest
+        return content
+
+
+def resolve_base(
+    model: pb.BaseModel,
+    *,
+    fetch: FetchArtifact,
+    allowed_paths: Sequence[Path],
+    remote_code: Sequence[str],
+    download: Callable[[str, str], tuple[Path, str]],
+) -> ResolvedBase:
+    """Bring the base to this machine and check that it is whole.
+
+    `download(hub_id, revision)` gives folder and commit. `fetch` gets an exact reference.
+    """
+    source = model.WhichOneof("source")
+    resolved = pb.BaseModel()
+    resolved.CopyFrom(model)
+    if source == "artifact":
+        name, folder = format_ref(model.artifact), fetch(model.artifact)
+    elif source == "hub_id":
+        name = model.hub_id
+        folder, resolved.revision = download(model.hub_id, model.revision)
+    else:
+        name, folder = model.path, local_folder(model.path, allowed_paths)
+    if model.trust_remote_code and name not in remote_code:
+        raise _remote_code_refused(name)
+    check_folder(folder, name)
+    return ResolvedBase(folder, resolved, model.trust_remote_code)
+
+
+def local_folder(path: str, allowed: Sequence[Path]) -> Path:
+    """Return a folder that a request named by path. PERMISSION_DENIED outside of the allowed folders."""
+    folder = Path(os.path.realpath(Path(path).expanduser()))
+    if not any(folder.is_relative_to(os.path.realpath(root.expanduser())) for root in allowed):
+        listed = ", ".join(map(str, allowed)) or "none"
+        message = (
+            f"The path {path} is outside of the folders that requests may name ({listed}). Set LORALINE_ALLOWED_PATHS."
+        )
+        error = LoralineError(grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED", message)
+        error.fields = {"base_model.path": "is not below an allowed folder"}
+        raise error
+    if not folder.is_dir():
+        message = f"There is no folder {path} on the server. Check the path, or import the model first."
+        raise not_found("MODEL_PATH_MISSING", message, path=path)
+    return folder
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Check that a model folder is whole: config, tokenizer and every safetensors shard.
+
+    Raises FAILED_PRECONDITION: MODEL_INCOMPLETE, MODEL_SHARDS_MISSING or MODEL_NOT_SAFETENSORS.
+    """
+    if not (folder / "config.json").is_file():
+        raise failed_precondition("MODEL_INCOMPLETE", f"{name} has no config.json: this is no Hugging Face model.")
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        message = f"{name} has no tokenizer. Put the model's tokenizer files (tokenizer.json, …) beside its weights."
+        raise failed_precondition("MODEL_INCOMPLETE", message)
+    weights = weight_files(folder, name)
+    missing = [file for file in weights if not (folder / file).is_file()]
+    if missing:
+        message = (
+            f"{name} lacks {len(missing)} of {len(weights)} weight files: {', '.join(missing[:5])}. Fetch them again."
+        )
+        raise failed_precondition("MODEL_SHARDS_MISSING", message, files=",".join(missing[:20]))
+
+
+def weight_files(folder: Path, name: str) -> list[str]:
+    """Return the names of the safetensors files that the model consists of."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            message = f"{name}: {INDEX} cannot be read ({error}). Fetch it again."
+            raise failed_precondition("MODEL_INCOMPLETE", message) from error
+        return sorted(set(shards))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    other = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_WEIGHTS)
+    if other:
+        message = (
+            f"{name} has weights in another format only ({', '.join(other[:3])}); those may run code when loaded. "
+            "Save the model with save_pretrained(safe_serialization=True) and use that folder."
+        )
+        raise failed_precondition("MODEL_NOT_SAFETENSORS", message)
+    raise failed_precondition("MODEL_INCOMPLETE", f"{name} has no {SINGLE} and no {INDEX}: there are no weights.")
+
+
+def _remote_code_refused(name: str) -> LoralineError:
+    message = (
+        f"{name} would run code of its own (trust_remote_code), which the operator has not allowed. "
+        "Unset it, or add the model to LORALINE_ALLOW_REMOTE_CODE."
+    )
+    return LoralineError(grpc.StatusCode.PERMISSION_DENIED, "REMOTE_CODE_REFUSED", message)

@@ -1,0 +1,118 @@
+"""What happens while the trainer runs: progress, stopping, sealed checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from loraline.core.errors import failed_precondition
+from loraline.trainer import checkpoints
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RunObserver(Protocol):
+    """What the engine tells the job, and what it asks it."""
+
+    def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
+        """Called after every optimizer step and evaluation."""
+        ...
+
+    def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
+        """Something worth an event."""
+        ...
+
+    @property
+    def stop_cause(self) -> str:
+        """Empty, or why the run shall stop: `cancel`, `pause`, `handover`."""
+        ...
+
+
+class LiveProgress(TrainerCallback):
+    """Reports loss, token accuracy, speed and the time left; stops a run whose loss is no number."""
+
+    def __init__(self, observer: RunObserver, clock: Callable[[], float] = time.monotonic):
+        self.observer, self.clock = observer, clock
+        self.metrics: dict[str, float] = {}
+        self.begin, self.first_step = clock(), 0
+        self.last_time, self.last_tokens = self.begin, 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock; a resumed run counts from where it went on."""
+        self.begin = self.last_time = self.clock()
+        self.first_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Take over the figures of a step or an evaluation."""
+        logs = logs or {}
+        if "loss" in logs:
+            self._take_step(logs, state.global_step)
+        elif "eval_loss" in logs:
+            self.metrics["eval_loss"] = float(logs["eval_loss"])
+        else:
+            return
+        done = state.global_step - self.first_step
+        pace = (self.clock() - self.begin) / done if done > 0 else 0.0
+        eta = pace * max(0, state.max_steps - state.global_step)
+        self.observer.progress(state.global_step, state.max_steps, eta, dict(self.metrics))
+
+    def _take_step(self, logs: dict[str, float], step: int) -> None:
+        if not math.isfinite(float(logs["loss"])):
+            message = (
+                f"The loss is {logs['loss']} at step {step}: the run diverged. Lower parameters.learning_rate, or use "
+                "parameters.dtype fp32."
+            )
+            raise failed_precondition("LOSS_NOT_FINITE", message, step=str(step))
+        now, tokens = self.clock(), float(logs.get("num_tokens", 0.0))
+        if now > self.last_time and tokens > self.last_tokens:
+            self.metrics["tokens_per_second"] = (tokens - self.last_tokens) / (now - self.last_time)
+        self.last_time, self.last_tokens = now, tokens
+        names = {"mean_token_accuracy": "token_accuracy"}
+        for name in ("loss", "mean_token_accuracy", "learning_rate", "grad_norm", "epoch"):
+            if name in logs:
+                self.metrics[names.get(name, name)] = float(logs[name])
+
+
+class Stopping(TrainerCallback):
+    """Ends a run that was asked to stop: with a checkpoint, unless it is cancelled."""
+
+    def __init__(self, observer: RunObserver):
+        self.observer = observer
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look once a step."""
+        cause = self.observer.stop_cause
+        if cause:
+            self.stopped = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+            control.should_save = cause != "cancel"
+
+
+class SealedCheckpoints(TrainerCallback):
+    """Seals each checkpoint after it was written, then lets old ones go."""
+
+    def __init__(self, observer: RunObserver, *, keep: int):
+        self.observer, self.keep = observer, keep
+        self.seconds = 0.0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Seal the checkpoint of this step."""
+        begin = time.monotonic()
+        folder = Path(str(args.output_dir))
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        checkpoints.seal(checkpoint)
+        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+        checkpoints.rotate(folder, keep=self.keep, best=best)
+        self.seconds += time.monotonic() - begin
+        self.observer.note(f"checkpoint at step {state.global_step}", reason="CHECKPOINT_SAVED")

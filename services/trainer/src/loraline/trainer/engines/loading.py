@@ -1,0 +1,136 @@
+"""Loading the base for training: weight type and quantisation by hardware."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_QUANTIZED = {"nf4", "int8"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the base is held and computed."""
+
+    dtype: str
+    """`fp32`, `bf16` or `fp16`."""
+    quantization: str
+    """`none`, `nf4` or `int8`."""
+    note: str
+    """What was chosen and why, for people."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type for torch."""
+        return _TYPES[self.dtype]
+
+
+def choose_precision(dtype: str, quantization: str, folder: Path) -> Precision:
+    """Decide on weight type and quantisation; explicit wishes are kept or refused, never replaced.
+
+    Raises FAILED_PRECONDITION (QUANTIZATION_UNAVAILABLE) or UNIMPLEMENTED for fp16 without a GPU.
+    """
+    gpu = torch.cuda.is_available()
+    if not dtype:
+        dtype = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if dtype == "fp16" and not gpu:
+        raise unsupported("parameters.dtype fp16 without a GPU", "Use fp32 or bf16.")
+    if quantization in _QUANTIZED:
+        missing = _quantization_problem()
+        if missing:
+            raise _quantization_unavailable(quantization, missing)
+        return Precision(dtype, quantization, f"{quantization} as asked for")
+    if quantization == "none":
+        return Precision(dtype, "none", "none, as asked for")
+    return _automatic(dtype, folder, gpu=gpu)
+
+
+def _automatic(dtype: str, folder: Path, *, gpu: bool) -> Precision:
+    if not gpu:
+        return Precision(dtype, "none", "none: there is no GPU whose memory would need it")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info()
+    # Weights take about their size on disk; activations, adapter and optimizer need room beside them.
+    if size < 0.6 * free:
+        return Precision(dtype, "none", f"none: {size / 1e9:.1f} GB of weights fit {free / 1e9:.1f} GB of GPU memory")
+    missing = _quantization_problem()
+    if missing:
+        return Precision(dtype, "none", f"none, although the GPU's memory is tight: {missing}")
+    return Precision(dtype, "nf4", f"nf4: {size / 1e9:.1f} GB of weights for {free / 1e9:.1f} GB of free GPU memory")
+
+
+def _quantization_problem() -> str:
+    """Return why bitsandbytes cannot be used; empty when it can."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    try:
+        from bitsandbytes import functional  # type: ignore[import-not-found]
+
+        functional.quantize_4bit(torch.zeros(64, 64), quant_type="nf4")
+    except Exception as error:
+        return f"bitsandbytes does not work on this machine ({type(error).__name__}: {error})"
+    return ""
+
+
+def _quantization_unavailable(wish: str, missing: str) -> LoralineError:
+    message = (
+        f"parameters.quantization asks for {wish}, but {missing}. Install loraline-trainer[quantization], or set "
+        "parameters.quantization to QUANTIZATION_NONE or QUANTIZATION_AUTO."
+    )
+    return failed_precondition("QUANTIZATION_UNAVAILABLE", message)
+
+
+def load_tokenizer(folder: Path, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer; FAILED_PRECONDITION (TOKENIZER_UNREADABLE) when transformers cannot."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=remote_code)
+    except Exception as error:
+        message = f"The tokenizer of {folder.name} cannot be loaded: {error}"
+        raise failed_precondition("TOKENIZER_UNREADABLE", message) from error
+
+
+def model_limits(folder: Path, *, remote_code: bool = False) -> tuple[int, int]:
+    """Return (longest sequence, vocabulary rows) of the model; 0 where its configuration does not say."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=remote_code).get_text_config()
+    return int(getattr(config, "max_position_embeddings", 0) or 0), int(getattr(config, "vocab_size", 0) or 0)
+
+
+def load_model(folder: Path, precision: Precision, *, remote_code: bool = False) -> Any:
+    """Load the base's weights from safetensors. FAILED_PRECONDITION (MODEL_UNREADABLE) when they do not load."""
+    options: dict[str, Any] = {"dtype": precision.torch_dtype, "use_safetensors": True}
+    if precision.quantization != "none":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = (
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=precision.torch_dtype,
+            )
+            if precision.quantization == "nf4"
+            else BitsAndBytesConfig(load_in_8bit=True)
+        )
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=remote_code, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        message = f"The model {folder.name} cannot be loaded: {error}"
+        raise failed_precondition("MODEL_UNREADABLE", message) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_rows: int) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    if vocab_rows and len(tokenizer) > vocab_rows:
+        message = (
+            f"The tokenizer knows {len(tokenizer)} tokens, the model has embeddings for {vocab_rows}: they do not belong "
+            "together. Take the tokenizer that came with the model."
+        )
+        raise invalid_argument("VOCABULARY_MISMATCH", message, base_model="tokenizer and model differ")

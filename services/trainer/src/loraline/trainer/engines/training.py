@@ -1,0 +1,113 @@
+"""A whole run over local folders: base and datasets in, an adapter's folder with its evidence out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraline.core.evidence.probes import ProbeSet
+from loraline.core.evidence.receipt import TokenReceipt
+from loraline.trainer.base_models import ResolvedBase
+from loraline.trainer.engines import adapter_folder, probing, sft
+from loraline.trainer.engines.callbacks import RunObserver
+from loraline.trainer.engines.encoding import ChatEncoder, eos_ids_of
+from loraline.trainer.engines.loading import (
+    Precision,
+    check_vocabulary,
+    choose_precision,
+    load_model,
+    load_tokenizer,
+    model_limits,
+)
+from loraline.trainer.engines.preparing import LengthRule, PreparedData, prepare
+from loraline.trainer.rows import LoadedDataset, mix
+from loraline.trainer.spec import TrainingSpec
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is made from."""
+
+    name: str
+    base: ResolvedBase
+    datasets: Sequence[LoadedDataset]
+    validation_fraction: float
+    dataset_names: Sequence[str] = ()
+    """References of the datasets, for the model card."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that came to its end; `folder` is ready to be published."""
+
+    folder: Path
+    run: sft.TrainedRun
+    figures: dict[str, float]
+    receipt: TokenReceipt
+    probes: ProbeSet
+    precision: Precision
+    target_modules: list[str]
+
+
+def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObserver) -> FinishedRun | None:
+    """Train and prove. None when the run was asked to stop; its checkpoint is in `workdir` then."""
+    base = inputs.base
+    precision = choose_precision(spec.dtype, spec.quantization, base.folder)
+    tokenizer = load_tokenizer(base.folder, remote_code=base.trust_remote_code)
+    longest, vocab_rows = model_limits(base.folder, remote_code=base.trust_remote_code)
+    check_vocabulary(tokenizer, vocab_rows)
+    encoder = ChatEncoder(tokenizer, eos_ids_of(tokenizer, _generation_eos(base.folder)))
+    data = _prepare(inputs, spec, encoder, longest)
+    adapter = _fresh(workdir / "adapter")
+    # The receipt is on disk before the first step: what a run trains on is known even if it never ends.
+    data.receipt.save(workdir)
+    observer.note(_receipt_line(data), reason="TOKEN_RECEIPT")
+    observer.note(f"quantisation: {precision.note}; weights in {precision.dtype}", reason="PRECISION")
+    model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
+    trained = sft.train(model, tokenizer, data, spec, precision, workdir / "checkpoints", observer, adapter)
+    if trained.stopped:
+        return None
+    del model
+    figures = sft.final_figures(trained.log)
+    probes = probing.measure(
+        base.folder, adapter, encoder, data.train, data.validation, seed=spec.seed, remote_code=base.trust_remote_code
+    )
+    finished = FinishedRun(adapter, trained, figures, data.receipt, probes, precision, _targets(adapter))
+    adapter_folder.complete(adapter, finished, inputs, spec, encoder)
+    return finished
+
+
+def _prepare(inputs: RunInputs, spec: TrainingSpec, encoder: ChatEncoder, longest: int) -> PreparedData:
+    mixture = mix(inputs.datasets, validation_fraction=inputs.validation_fraction, seed=spec.seed)
+    rule = LengthRule(spec.max_length, spec.length_policy, spec.max_truncated_share)
+    if longest:
+        rule = replace(rule, max_length=min(rule.max_length, longest))
+    return prepare(mixture, encoder, rule, allow_unlearned_eos=spec.allow_unlearned_eos)
+
+
+def _generation_eos(folder: Path) -> int | list[int] | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(str(folder)).eos_token_id
+
+
+def _receipt_line(data: PreparedData) -> str:
+    counts = data.receipt.counts
+    return (
+        f"{counts.rows} rows, {counts.tokens} tokens, {counts.trained_tokens} of them carry loss "
+        f"({data.receipt.mask_method}); {counts.rows_teaching_eos} rows teach the end of an answer, "
+        f"{counts.truncated_rows} were cut, {counts.dropped_rows} dropped; {len(data.validation)} rows for validation"
+    )
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _targets(adapter: Path) -> list[str]:
+    return adapter_folder.adapter_config(adapter)["target_modules"]

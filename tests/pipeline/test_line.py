@@ -1,0 +1,169 @@
+"""The whole line for real, by the same test code twice: one process, and four with S3 and Postgres between them.
+
+Raw files of an invented character go in; answers of the tuned model come out through gRPC and through the `openai`
+client. The toy base is pretrained for fewer steps than in the demo: here the line is tested, not the quality.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from loraline.client import Loraline, LoralineApiError, parse_ref
+from pipeline_deployments import DEPLOYMENTS, Deployment
+
+ROOT = Path(__file__).resolve().parents[2]
+PIPELINE = Path(__file__).parent / "small_persona.yaml"
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module", params=list(DEPLOYMENTS))
+def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with DEPLOYMENTS[request.param](tmp_path_factory.mktemp(request.param)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pipeline_file(deployment: Deployment) -> Path:
+    folder = deployment.folder / "example"
+    shutil.copytree(ROOT / "examples" / "persona" / "raw", folder / "raw")
+    return Path(shutil.copy(PIPELINE, folder / "pipeline.yaml"))
+
+
+def _loraline(deployment: Deployment, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loraline.client.cli.main", "--format", "json", *arguments]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LORALINE_")} | deployment.environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def _run_pipeline(deployment: Deployment, file: Path) -> list[dict[str, Any]]:
+    done = _loraline(deployment, "run", str(file))
+    logs = "".join(f"\n--- {name}\n{deployment.log(name)[-3000:]}" for name in deployment.processes)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}{logs}"
+    return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def finished(deployment: Deployment, pipeline_file: Path) -> list[dict[str, Any]]:
+    """The first run of the pipeline; every test below looks at what it left."""
+    return _run_pipeline(deployment, pipeline_file)
+
+
+@pytest.fixture
+def client(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loraline]:
+    for name in [name for name in os.environ if name.startswith("LORALINE_")]:
+        monkeypatch.delenv(name)
+    for name, value in deployment.environment.items():
+        monkeypatch.setenv(name, value)
+    with Loraline.connect() as connected:
+        yield connected
+
+
+def test_every_stage_left_its_artifact_and_lineage_reaches_the_raw_files(
+    finished: list[dict[str, Any]], client: Loraline
+) -> None:
+    model = client.artifacts.show("model/mareva")
+    adapter = client.artifacts.show("adapter/mareva")
+    assert any(ref.digest == adapter.digest for ref in model.inputs)
+    kinds = set()
+    queue, seen = [model], set()
+    while queue:
+        artifact = queue.pop()
+        kinds.add(artifact.ref.kind)
+        for ref in artifact.inputs:
+            if ref.digest not in seen:
+                seen.add(ref.digest)
+                queue.append(client.artifacts.show(ref))
+    source, dataset, adapters, models = 1, 2, 3, 4
+    assert kinds == {source, dataset, adapters, models}
+
+
+def test_every_file_in_the_store_is_what_its_manifest_says(finished: list[dict[str, Any]], client: Loraline) -> None:
+    artifacts = list(client.artifacts.list())
+    assert len(artifacts) >= 6
+    for artifact in artifacts:
+        client.artifacts.verify(artifact.ref)
+
+
+def test_evidence_is_in_the_results(finished: list[dict[str, Any]], client: Loraline) -> None:
+    from loraline.api.merger.v1 import merger_pb2
+    from loraline.api.trainer.v1 import trainer_pb2
+
+    trained, merged = trainer_pb2.TrainResult(), merger_pb2.MergeResult()
+    jobs = {job.kind: job for job in client.jobs.list()}
+    assert jobs["trainer.train"].result.Unpack(trained)
+    assert jobs["merger.merge"].result.Unpack(merged)
+    assert trained.receipt.fully_masked_rows == 0
+    assert 0 < trained.receipt.trained_tokens < trained.receipt.tokens
+    assert trained.receipt.rows_teaching_eos > 0
+    assert trained.probes.max_abs_logprob_shift > 0.5, "the adapter hardly moves the base"
+    assert trained.loss_curve[-1].loss < trained.loss_curve[0].loss
+    measured = merged.measurements[0]
+    assert measured.within_bound
+    assert measured.max_abs_logprob_diff < measured.base_to_adapter_diff / 10
+    assert merged.receipt_rows_matched > 0
+    served = {model.name: model for model in client.inference.models()}
+    proof = next(model.proof for model in served.values() if model.HasField("proof"))
+    assert proof.mean_abs_diff_from_trainer <= proof.bound < proof.max_abs_diff_from_base
+
+
+def test_running_again_repeats_nothing(
+    finished: list[dict[str, Any]], deployment: Deployment, pipeline_file: Path, client: Loraline
+) -> None:
+    before = {job.name: (job.attempt, job.last_sequence) for job in client.jobs.list()}
+    artifacts = {(a.ref.kind, a.ref.name, a.ref.version) for a in client.artifacts.list()}
+    _run_pipeline(deployment, pipeline_file)
+    assert {job.name: (job.attempt, job.last_sequence) for job in client.jobs.list()} == before
+    assert {(a.ref.kind, a.ref.name, a.ref.version) for a in client.artifacts.list()} == artifacts
+
+
+def test_adapter_answers_otherwise_than_base(finished: list[dict[str, Any]], client: Loraline) -> None:
+    question = "晚上好！"
+    base = client.inference.answer("", question, temperature=0, max_tokens=24)
+    tuned = client.inference.answer("mareva@production", question, temperature=0, max_tokens=24)
+    assert base.text != tuned.text
+
+
+def test_openai_client_streams_from_the_adapter(finished: list[dict[str, Any]], deployment: Deployment) -> None:
+    client = openai.OpenAI(base_url=f"{deployment.http}/v1", api_key=deployment.key, max_retries=0)
+    assert any(model.id.startswith("mareva") for model in client.models.list())
+    messages: list[Any] = [{"role": "user", "content": "Good evening!"}]
+    whole = client.chat.completions.create(
+        model="mareva@production", messages=messages, temperature=0, max_tokens=24
+    )
+    pieces = client.chat.completions.create(
+        model="mareva@production", messages=messages, temperature=0, max_tokens=24, stream=True
+    )
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert streamed == whole.choices[0].message.content
+
+
+def test_wrong_keys_are_refused_on_both_doors(
+    finished: list[dict[str, Any]], deployment: Deployment, client: Loraline
+) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{deployment.http}/v1", api_key="lora_00000000_wrong", max_retries=0).models.list()
+    addresses = dict(client.addresses)
+    with (
+        Loraline.connect(addresses=addresses, key="lora_00000000_wrong") as stranger,
+        pytest.raises(LoralineApiError) as refused,
+    ):
+        list(stranger.jobs.list())
+    assert refused.value.reason == "UNKNOWN_KEY"
+
+
+def test_unknown_artifacts_say_what_there_is(finished: list[dict[str, Any]], client: Loraline) -> None:
+    with pytest.raises(LoralineApiError) as missing:
+        client.artifacts.show(parse_ref("adapter/nobody"))
+    assert missing.value.code == "NOT_FOUND"
+    assert "mareva" in missing.value.message
