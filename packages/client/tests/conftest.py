@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from loraline.client import AsyncLoraline
 
 HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def pipeline(tmp_path) -> Path:
     (tmp_path / "raw" / "dialogue").mkdir(parents=True)
     (tmp_path / "raw" / "dialogue" / "talk.json").write_text("[]")
     (tmp_path / "raw" / ".hidden").write_text("no")
-    (tmp_path / "prompts.yaml").write_text("seen: [hello]\nunseen: [how are you?]\nmarkers: [little sailor]\n")
+    (tmp_path / "prompts.yaml").write_text('seen: [hello]\nunseen: ["how are you?"]\nmarkers: [little sailor]\n')
     file = tmp_path / "pipeline.yaml"
     file.write_text(PIPELINE)
     return file

@@ -15,6 +15,7 @@ import grpc.aio
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
 from loraline.api.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from loraline.api.datagen.v1 import datagen_pb2, datagen_pb2_grpc
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -270,7 +271,7 @@ class Jobs(job_pb2_grpc.JobServiceServicer):
             if job.state in ENDED:
                 return
             async with self.p.changed:
-                await self.p.changed.wait_for(lambda: at < len(self.p.events[request.name]))
+                await self.p.changed.wait_for(lambda at=at: at < len(self.p.events[request.name]))
 
     async def CancelJob(self, request, context):
         job = await self.job(request.name, context)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import structlog
+
 from loraline.core.logging import configure, mask
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from aiohttp import web
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2_grpc
 from loraline.api.job.v1 import job_pb2, job_pb2_grpc

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loraline.core.errors import LoralineError
 from loraline.datagen.convert import readers
 from loraline.datagen.convert.engine import ConvertCounts, ConvertSettings, convert
@@ -145,17 +146,17 @@ Traveller: Good night.
 
 def test_scripts(write: Write) -> None:
     folder = write(night_DOT_txt=SCRIPT)
-    rows = [row for row in rows_of(folder, ConvertSettings("澜音", ("mareva",), skip_bad_records=True))]
-    assert [(row.source, pairs([row])[0]) for row in rows[:1]] == [
-        ("night.txt:3", ("旅人: 雷来了。\n渔夫: 快跑！", "别怕。\n灯还亮着。"))
+    counts = ConvertCounts()
+    rows = rows_of(folder, counts=counts)
+    assert [(row.source, *pairs([row])[0]) for row in rows] == [
+        ("night.txt:3", "旅人: 雷来了。\n渔夫: 快跑！", "别怕。\n灯还亮着。"),
+        ("night.txt:9", "Are you there?", "Always."),
     ]
-    assert len(rows) == 1
-    error = failure(folder)
-    assert (error.reason, error.metadata["line"]) == ("SCRIPT_UNANSWERED", "9")
-    answered = write(night_DOT_txt=SCRIPT.replace("Traveller: Good night.\n", ""))
-    assert pairs(rows_of(answered))[1] == ("Are you there?", "Always.")
+    assert counts.notes == {"unanswered_turn_dropped": 1}
     assert failure(folder, ConvertSettings()).reason == "CHARACTER_MISSING"
     assert failure(folder, ConvertSettings("Bob")).reason == "CHARACTER_SILENT"
+    unanswered = failure(write(night_DOT_txt=SCRIPT + "Mareva: Night.\n\nTraveller: Hello?\n"))
+    assert (unanswered.reason, unanswered.metadata["line"]) == ("SCRIPT_UNANSWERED", "15")
     assert failure(write(night_DOT_txt="Once upon a time\n")).reason == "SHAPE_UNKNOWN"
 
 

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.api.job.v1 import job_pb2
@@ -32,7 +33,7 @@ def reason_of(status: Any) -> str:
 async def refused(call: Any) -> tuple[grpc.StatusCode, str, str]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
     assert isinstance(status, status_pb2.Status)
     return caught.value.code(), reason_of(status), status.message
 
@@ -133,6 +134,7 @@ def template(rows: int) -> datagen_pb2.TemplateRecipe:
     return recipe
 
 
+@pytest.mark.slow
 async def test_a_mix_of_sources_and_the_key_stays_out_of_everything(
     running: Running, provider: FakeProvider, persona: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,11 +153,12 @@ async def test_a_mix_of_sources_and_the_key_stays_out_of_everything(
     assert not [path for path in kept if provider.key.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 async def test_a_quota_pauses_the_job_and_resuming_repeats_no_call(running: Running, provider: FakeProvider) -> None:
     details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "36s"}]
     error = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "Please retry in 36.4s.", "details": details}
     body = {"error": error}
-    provider.replies = [provider.default, provider.default, *[web.json_response([body], status=429)] * 4]
+    provider.replies = [provider.default, provider.default, *[lambda _: web.json_response([body], status=429)] * 4]
     request = datagen_pb2.GenerateDatasetRequest(name="asked")
     request.sources.add(llm=datagen_pb2.LlmRecipe(recipe="instruction-response", rows=30, batch_size=5))
     name = (await running.datagen.GenerateDataset(request)).job.name

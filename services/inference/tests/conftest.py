@@ -1,4 +1,4 @@
-"""A random Qwen2 model of half a million parameters and LoRA adapters on it, with the evidence that a trainer writes."""
+"""A random Qwen2 model of some 0.3 million parameters and LoRA adapters on it, with the evidence of a trainer."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _adapter(model_folder: Path, folder: Path, tokenizer: Any, seed: int, streng
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=strength)
-    model.eval().save_pretrained(folder)
+    model.eval().save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     _probes(model, tokenizer).save(folder)
     _receipt(tokenizer).save(folder)

@@ -27,7 +27,7 @@ from loraline.inference.engines.port import (
     Sampling,
 )
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 OPTIONS = EngineOptions(max_model_len=512, max_lora_rank=16, max_loaded_adapters=4, max_concurrent_requests=8)
 _requests = iter(range(10**6))
 

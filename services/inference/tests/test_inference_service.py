@@ -34,14 +34,15 @@ from loraline.core.serving.server import serve
 from loraline.inference.component import build
 from loraline.inference.config import InferenceSettings
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+# vLLM imports torch in three processes one after the other: minutes on a busy machine.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 ADAPTER, MODEL = artifact_pb2.ARTIFACT_KIND_ADAPTER, artifact_pb2.ARTIFACT_KIND_MODEL
 
 
 @dataclass
 class Service:
-    stub: inference_pb2_grpc.InferenceServiceStub
-    metadata: list[tuple[str, str]]
+    stub: Any  # its type stub knows only the synchronous client
+    metadata: Any
     http: str
     key: str
     platform: Platform
@@ -65,7 +66,7 @@ async def refused(call: Any) -> LoralineError:
     """Return the typed error of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    trailing = {key: value for key, value in caught.value.trailing_metadata() or ()}
+    trailing = dict(caught.value.trailing_metadata() or ())  # type: ignore[call-overload]
     status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])  # type: ignore[arg-type]
     return LoralineError.from_status(status)
 
@@ -114,7 +115,7 @@ async def service(request: Any, toy: Any, tmp_path_factory: Any) -> AsyncIterato
         error = await refused(service.call("Generate", pb.GenerateRequest(prompt="Hello")))
         assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_MODEL_LOADED")
         base = service.publish("toy", toy.model, MODEL)
-        loaded = await service.call("LoadModel", pb.LoadModelRequest(model=BaseModel(artifact=base)), 280)
+        loaded = await service.call("LoadModel", pb.LoadModelRequest(model=BaseModel(artifact=base)), 800)
         assert (loaded.model.name, loaded.model.artifact.version) == ("toy", 1)
         assert await component.not_ready_because() == ""
         service.publish("mareva", toy.adapters["mareva"])
@@ -260,10 +261,10 @@ async def test_generate_several_and_structured(service: Service) -> None:
     assert len(answer.completions) == 3
     assert answer.usage.completion_tokens <= 24
     shaped = pb.GenerateRequest(prompt="JSON: ", sampling=pb.SamplingParameters(max_tokens=80))
+    flags = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}
     shaped.structured.json_schema.update(
-        {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}},
-         "required": ["a"], "additionalProperties": False}
-    )  # fmt: skip
+        {"type": "object", "properties": {"a": flags}, "required": ["a"], "additionalProperties": False}
+    )
     text = (await service.call("Generate", shaped)).completions[0].text
     assert isinstance(json.loads(text)["a"], list)
     shaped.sampling.max_tokens = 2
@@ -318,7 +319,7 @@ async def test_calls_without_a_key_are_refused(service: Service) -> None:
 
 async def test_openai_client_async(service: Service) -> None:
     client = openai.AsyncOpenAI(base_url=service.http, api_key=service.key, max_retries=0)
-    assert [model.id async for model in client.models.list()][0] == "toy"
+    assert "toy" in [model.id async for model in client.models.list()]
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "Tell me about the storm"}]}]
     whole = await client.chat.completions.create(model="mareva:v1", messages=messages, max_tokens=12, temperature=0)
     assert whole.model == "mareva:v1"

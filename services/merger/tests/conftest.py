@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from loraline.core.evidence.probes import Probe, ProbeSet
-from loraline.core.evidence.receipt import ReceiptCounts, ReceiptRow, TokenReceipt, digest_text
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from loraline.core.evidence.probes import Probe, ProbeSet
+from loraline.core.evidence.receipt import ReceiptCounts, ReceiptRow, TokenReceipt, digest_text
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -117,7 +118,7 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
             for key, parameter in peft_model.named_parameters():
                 if "lora_" in key or "modules_to_save" in key:
                     parameter.add_(torch.randn_like(parameter) * size)
-        peft_model.save_pretrained(folder)
+        peft_model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         if evidence:
             write_evidence(base, folder)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from loraline.core.errors import LoralineError
-from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
 from peft import PeftModel
 from safetensors.torch import load_file
+
+from loraline.core.errors import LoralineError
+from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
 
 KINDS = {
     "plain": {},

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
 from loraline.core.errors import LoralineError
 from loraline.core.evidence.probes import load_probes
 from loraline.core.evidence.receipt import load_receipt
@@ -18,7 +20,6 @@ from loraline.merger import merging
 from loraline.merger.check.folder import check_folder
 from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
 from loraline.merger.spec import MergeBounds
-from safetensors.torch import load_file, save_file
 
 
 def edit(path: Path, **values: Any) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from loraline.core.errors import LoralineError
 from loraline.merger.engines import streaming
 from loraline.merger.merging import AdapterInput, MergeOptions, MergeWatch, merge_folders
 from loraline.merger.weights.header import read_header
-from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,10 +29,10 @@ def refused(tmp_path: Path, base: Path, adapter: Path, *more: AdapterInput, **op
     return caught.value
 
 
-def edit(path: Path, **values: Any) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
+def edit(file: Path, **values: Any) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
     content.update(values)
-    path.write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
 
 
 @pytest.fixture

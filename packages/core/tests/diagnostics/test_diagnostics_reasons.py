@@ -55,7 +55,13 @@ def raised_reasons() -> dict[str, list[str]]:
 
 
 def test_the_search_sees_helpers_and_constructors():
-    source = 'raise errors.not_found("A_B", "x")\nLoralineError(code, "C", "y")\nJobPaused(reason="D_E", message="")\nother("F_G")'
+    lines = (
+        'raise errors.not_found("A_B", "x")',
+        'LoralineError(c, "C", "y")',
+        'JobPaused(reason="D_E")',
+        'other("F_G")',
+    )
+    source = "\n".join(lines)
     assert reasons_in(source) == {"A_B", "C", "D_E"}
 
 

@@ -36,7 +36,7 @@ def test_crashes_name_type_frame_and_no_secret(monkeypatch):
     assert end.state == FAILED and end.error is not None
     error = LoralineError.from_status(end.error)
     assert error.code is grpc.StatusCode.INTERNAL and error.reason == "JOB_CRASHED"
-    assert "KeyError" in error.message and "test_job_context.py" in error.metadata["frame"]
+    assert "KeyError" in error.message and "test_job_endings.py" in error.metadata["frame"]
     assert "abcdef-123456" not in str(end.error)
 
 

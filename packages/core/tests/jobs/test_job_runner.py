@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
@@ -325,6 +326,40 @@ async def test_a_blocked_event_loop_keeps_its_leases(
     assert (await queue.get(name)).state == RUNNING
     await queue.cancel(name)
     await until_state(queue, name, ENDED)
+
+
+@on_sqlite
+async def test_a_lease_that_ran_out_in_sleep_is_not_taken_from_oneself(
+    queue: JobQueue, settings: CoreSettings, database: Database, start_runner: StartRunner
+):
+    await start_runner(lease_seconds=3.0)
+    name = await counting(queue, settings)
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE jobs SET lease_expires = 1 WHERE name = :n"), {"n": name})
+    await asyncio.sleep(2.5)  # several looks of the runner, and a heartbeat that renews the lease
+    assert queue.table.reap(3) == []
+    job = await queue.get(name)
+    assert (job.state, job.attempt) == (RUNNING, 1)
+    await queue.cancel(name)
+    await until_state(queue, name, ENDED)
+
+
+@on_sqlite
+async def test_orphans_of_a_group_are_collected(queue: JobQueue, settings: CoreSettings, start_runner: StartRunner):
+    """Where the server is process 1, or a subreaper as here, whatever a killed child leaves behind becomes its own."""
+    libc = ctypes.CDLL(None)
+    set_subreaper = 36
+    assert libc.prctl(set_subreaper, 1) == 0
+    try:
+        runner = await start_runner(max_attempts=1)
+        job = await queue.submit(testing.FAMILY, testing.struct())
+        pid_file = settings.data_dir / "jobs" / job.name / "grandchild.pid"
+        await until(lambda: pid_file.exists() and pid_file.read_text(), "the grandchild")
+        os.kill(runner.child_pids[job.name], signal.SIGKILL)
+        await until_state(queue, job.name, {FAILED})
+        assert not Path(f"/proc/{int(pid_file.read_text())}").exists()
+    finally:
+        libc.prctl(set_subreaper, 0)
 
 
 @on_sqlite

@@ -199,6 +199,13 @@ def test_expired_lease_is_taken_over_and_the_stale_worker_is_fenced(table: JobTa
     assert table.get(stale.name).state == SUCCEEDED
 
 
+def test_reaping_spares_what_the_caller_keeps(table: JobTable):
+    claim = claimed(table, lease=0.0)
+    time.sleep(0.05)
+    assert table.reap(3, keep=[claim.name]) == []
+    assert [taken.name for taken in table.reap(3, keep=["another"])] == [claim.name]
+
+
 def test_heartbeats_keep_the_lease(table: JobTable):
     claim = claimed(table, lease=0.5)
     for _ in range(4):

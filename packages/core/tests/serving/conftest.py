@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_status import rpc_status
+
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.api.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 from loraline.core.config import CoreSettings
@@ -92,15 +93,17 @@ def settings_for(folder: Path, **more: Any) -> CoreSettings:
 async def running(folder: Path, http_app: Any = None, **settings: Any) -> AsyncIterator[Running]:
     """Run a server for the duration of the block."""
     chosen = settings_for(folder, **settings)
-    answers, reason, made = Answers(), [""], []
+    answers, reason, made = Answers(), [""], []  # pyright: ignore[reportAbstractUsage]
 
     async def not_ready_because() -> str:
         return reason[0]
 
+    trains = Trains()  # pyright: ignore[reportAbstractUsage]
+
     def build(platform: Platform) -> Component:
         services = {
             INFERENCE: lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(answers, server),
-            TRAINER: lambda server: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(Trains(), server),
+            TRAINER: lambda server: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trains, server),
         }
         component = Component(
             "inference",

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf import message_factory
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.api.job.v1 import job_pb2, job_pb2_grpc

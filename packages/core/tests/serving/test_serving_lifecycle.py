@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.core.errors import LoralineError
 
@@ -164,8 +165,9 @@ async def test_reflection_needs_a_key_and_its_setting(server, failure_of):
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         refused = await failure_of(stub.ServerReflectionInfo(iter([ask])))
         assert refused.reason == "MISSING_KEY"
+        names = set()
         async for answer in stub.ServerReflectionInfo(iter([ask]), metadata=running.metadata()):
-            names = {service.name for service in answer.list_services_response.service}
+            names |= {service.name for service in answer.list_services_response.service}
         assert {INFERENCE, JOBS, "loraline.api.artifact.v1.ArtifactService", "grpc.health.v1.Health"} <= names
     async with server() as running, grpc.aio.insecure_channel(running.addresses.grpc) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -201,6 +203,7 @@ def start(tmp_path, **environment):
 
 def test_run_says_what_listens_where_and_ends_on_sigterm(tmp_path):
     process = start(tmp_path)
+    assert process.stdout
     lines = [process.stdout.readline() for _ in range(5)]
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)

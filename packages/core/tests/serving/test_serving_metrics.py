@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
+
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.core.config import CoreSettings
@@ -10,7 +12,6 @@ from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.model import JobEnd
 from loraline.core.serving.component import Component
 from loraline.core.serving.opening import make_runners, open_platform
-from prometheus_client import generate_latest
 
 TRAIN = JobHandler("trainer.train", trainer_pb2.TrainRequest, "none:none")
 

@@ -7,6 +7,7 @@ import ssl
 import grpc
 import grpc.aio
 import pytest
+
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.api.job.v1 import job_pb2, job_pb2_grpc
 from loraline.core.errors import LoralineError
@@ -150,10 +151,10 @@ async def test_a_stage_app_is_served_behind_the_keys(server):
 async def test_a_stage_app_is_served_with_tls(server, tmp_path):
     files = make_certificates(tmp_path)
     context = ssl.create_default_context(cafile=str(files["ca"]))
-    async with server(http_app=app, tls_cert=files["server"], tls_key=files["server_key"]) as running:
-        async with httpx.AsyncClient(verify=context) as client:
-            answer = await client.get(f"https://{running.addresses.http['inference']}/health")
-            assert answer.status_code == 200
+    pair = {"tls_cert": files["server"], "tls_key": files["server_key"]}
+    async with server(http_app=app, **pair) as running, httpx.AsyncClient(verify=context) as client:
+        answer = await client.get(f"https://{running.addresses.http['inference']}/health")
+        assert answer.status_code == 200
 
 
 async def test_operate_paths_refuse_chat_keys(tmp_path):

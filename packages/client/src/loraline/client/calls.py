@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
 from loraline.client.connection import Connection
 from loraline.client.errors import LoralineApiError, from_rpc_error
 
@@ -121,7 +123,7 @@ class Endpoints:
 
     def of_job(self, job: str) -> Endpoint:
         """Return the server of the stage that a job's name tells; any server for a name that tells none."""
-        stage = job.partition(".")[0]
+        stage = re.split("[.-]", job, maxsplit=1)[0]
         return self.of(stage if stage in self.connection.addresses else "trainer")
 
     async def close(self) -> None:

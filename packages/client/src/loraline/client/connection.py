@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+
 from loraline.client.errors import LoralineApiError
 
 STAGES = ("datagen", "trainer", "merger", "inference")
@@ -18,9 +19,9 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A dead peer is noticed within two minutes even on a silent watch stream. Not more often: gRPC servers answer
-    # eager pings with GOAWAY.
-    ("grpc.keepalive_time_ms", 90_000),
+    # A dead peer is noticed within six minutes even on a silent watch stream. Not sooner: gRPC servers by default
+    # answer pings more often than every five minutes with GOAWAY, which would cut a long call.
+    ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     # A server that restarts is found again soon; gRPC's own steps grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.inference.v1 import inference_pb2
 from loraline.api.trainer.v1 import trainer_pb2

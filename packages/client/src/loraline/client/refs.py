@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import grpc
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.client.errors import LoralineApiError
 

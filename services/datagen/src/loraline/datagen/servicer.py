@@ -12,6 +12,7 @@ import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2, datagen_pb2_grpc
 from loraline.api.job.v1 import job_pb2

@@ -127,9 +127,7 @@ class Answer:
     def _why_empty(self, index: int) -> str:
         which = f"Answer {index} is empty" if self._request.sampling.n > 1 else "The answer is empty"
         if self.figures.finish[index] == "length":
-            return (
-                f"{which}: all its tokens are whitespace or special tokens. The model may not know this prompt format."
-            )
+            return f"{which}: all its tokens are whitespace or special tokens. Does the model know this prompt format?"
         return (
             f"{which}: the model ended it at once. Check that the prompt ends with a question, and that the chat template "
             "is the one it was trained with; a stop text may also have come first."

@@ -137,15 +137,14 @@ class ModelHost:
         return artifact is not None and model in (format_ref(artifact), f"model/{artifact.name}")
 
     async def load_model(self, spec: BaseModel, served_name: str = "", *, trusted: bool = False) -> Serving:
-        """Serve another base model. Requests in flight finish first; when it fails, the model before is served again."""
+        """Serve another base model, after the requests in flight; when it fails, the one before is served again."""
         choice = self._choose(self.settings.engine)
         base = await asyncio.to_thread(open_base, spec, self._library, self._core, trusted=trusted)
         name = served_name or base.default_name
         async with self._changing:
             current = self._serving
-            if current is not None and not self._why_not and current.base.digest and current.name == name:
-                if current.base.digest == base.digest:
-                    return current
+            if current is not None and not self._why_not and _same(current, base, name):
+                return current
             return await self._replace(base, name, choice)
 
     async def load_adapter(self, ref: ArtifactRef) -> ServedAdapter:
@@ -288,6 +287,11 @@ class ModelHost:
         self._state.model, self._state.served_name = serving.base.spec, serving.name
         self._state.adapters = [format_ref(adapter.ref) for adapter in serving.adapters.list()]
         await asyncio.to_thread(self._file.write, self._state)
+
+
+def _same(current: Serving, base: LocalBase, name: str) -> bool:
+    """Tell whether a base is what is served already; only artifacts can be told apart for certain."""
+    return bool(base.digest) and current.base.digest == base.digest and current.name == name
 
 
 def _describe(spec: BaseModel | None) -> str:

@@ -94,6 +94,20 @@ def base_message(serving: Serving) -> inference_pb2.ServedModel:
     return message
 
 
+def describe_engine(answer: inference_pb2.GetCapabilitiesResponse, serving: Serving) -> None:
+    """Put what the running engine can take in place of what the settings promise."""
+    facts = serving.engine.facts
+    answer.contract.max_lora_rank = facts.max_lora_rank
+    answer.contract.target_modules.extend(facts.target_modules)
+    answer.contract.vocab_size = facts.vocab_size
+    answer.contract.dtype = facts.dtype
+    answer.contract.max_model_len = answer.max_model_len = facts.max_model_len
+    answer.engine, answer.engine_version = facts.engine, facts.version
+    answer.max_loaded_adapters = facts.max_loaded_adapters
+    answer.base.CopyFrom(base_message(serving))
+    answer.chat_template_sha256 = serving.chat_format.template_sha256
+
+
 def adapter_message(adapter: ServedAdapter, aliases: Iterable[str]) -> inference_pb2.ServedModel:
     """Describe an adapter."""
     return inference_pb2.ServedModel(

@@ -22,6 +22,7 @@ from loraline.inference.messages import (
     FINISH,
     adapter_message,
     base_message,
+    describe_engine,
     constraint_of,
     sampling_of,
     timings_of,
@@ -123,28 +124,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GetCapabilities(
         self, request: inference_pb2.GetCapabilitiesRequest, context: _Context
     ) -> inference_pb2.GetCapabilitiesResponse:
-        """Tell the serving contract of the loaded engine."""
-        serving, limits = self._host.serving(), self._host.settings
-        facts = serving.engine.facts
-        contract = ServingContract(
-            max_lora_rank=facts.max_lora_rank,
-            target_modules=facts.target_modules,
-            vocab_size=facts.vocab_size,
-            dtype=facts.dtype,
-            library_versions=library_versions(),
-            max_model_len=facts.max_model_len,
-        )
-        return inference_pb2.GetCapabilitiesResponse(
-            contract=contract,
-            engine=facts.engine,
-            engine_version=facts.version,
-            base=base_message(serving),
+        """Tell the serving contract: of the loaded engine, or, while none is loaded, what the settings promise."""
+        limits = self._host.settings
+        answer = inference_pb2.GetCapabilitiesResponse(
+            contract=ServingContract(
+                max_lora_rank=limits.max_lora_rank,
+                max_model_len=limits.max_model_len,
+                library_versions=library_versions(),
+            ),
             max_n=limits.max_n,
             max_tokens=limits.max_tokens,
-            max_model_len=facts.max_model_len,
-            max_loaded_adapters=facts.max_loaded_adapters,
-            chat_template_sha256=serving.chat_format.template_sha256,
+            max_model_len=limits.max_model_len,
+            max_loaded_adapters=limits.max_loaded_adapters,
         )
+        if not self._host.why_not_ready:
+            describe_engine(answer, self._host.serving())
+        return answer
 
     async def ListProfiles(self, request: Any, context: _Context) -> inference_pb2.ListProfilesResponse:
         """Refuse: profiles come later."""
@@ -265,7 +260,5 @@ def _actor() -> str:
 
 def _page_begin(token: str) -> int:
     if token and not token.isdigit():
-        raise invalid_argument(
-            "PAGE_TOKEN_INVALID", "page_token is not one of this server's.", page_token="unknown token"
-        )
+        raise invalid_argument("PAGE_TOKEN_INVALID", "page_token is not one of this server's.", page_token="unknown")
     return int(token or 0)

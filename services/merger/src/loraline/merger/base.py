@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.core.artifacts.refs import format_ref, parse_ref
 from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc.aio
+
 from loraline.api.merger.v1 import merger_pb2_grpc
 from loraline.core.serving.component import Component, Platform
 from loraline.merger.metrics import MergerMetrics

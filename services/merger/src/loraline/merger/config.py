@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from loraline.merger.spec import MeasureSettings
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from loraline.merger.spec import MeasureSettings
 
 
 class MergerSettings(BaseSettings):

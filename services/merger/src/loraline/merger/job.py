@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2

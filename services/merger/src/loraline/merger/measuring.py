@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.probes import compare_logprobs, load_probes
 from loraline.merger.engines.measure import Measurement, Reference, compute_reference, measure_folder

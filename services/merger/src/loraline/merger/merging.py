@@ -25,7 +25,7 @@ from loraline.merger.plan import MergePlan, make_plan, plan_fingerprint, stored_
 from loraline.merger.repair import adopt_template, adopt_training, repair_folder
 from loraline.merger.spec import MeasureSettings, MergeBounds
 from loraline.merger.sync import SyncedFile, compare_files, copy_base_files, write_dtype
-from loraline.merger.weights.layout import WeightFiles, open_weights
+from loraline.merger.weights.layout import INDEX_FILE, WeightFiles, open_weights
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,15 @@ def _write(
     return write_merged(weights, rows, plan.dtypes, out, fingerprint=plan_fingerprint(plan, identity), advance=advance)
 
 
+def _remove_leftovers(out: Path) -> None:
+    """Delete what an interrupted attempt left beside the weights, so that it is not taken for the base's."""
+    for path in out.rglob("*"):
+        if path.is_file() and not path.name.endswith((".safetensors", INDEX_FILE)):
+            path.unlink()
+
+
 def _settle_files(base: Path, inputs: Sequence[AdapterInput], out: Path, dtype: str) -> list[Finding]:
+    _remove_leftovers(out)
     copy_base_files(base, out)
     changes = write_dtype(out, dtype) if dtype else []
     changes += repair_folder(out)

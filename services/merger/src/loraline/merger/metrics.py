@@ -9,13 +9,14 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
 from loraline.api.job.v1 import job_pb2
 from loraline.api.merger.v1 import merger_pb2
 from loraline.core.db.database import Database
 from loraline.core.db.schema import jobs
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 _SEVERITIES = {
     merger_pb2.MODEL_FINDING_SEVERITY_INFO: "info",

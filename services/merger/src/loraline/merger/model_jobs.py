@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2
@@ -112,7 +113,7 @@ def check_rendering(folder: Path) -> list[Finding]:
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copy a model's files, without pickles, code and hidden files; weights are hard links, as no repair writes them."""
+    """Copy a model's files, without pickles, code and hidden files; weights, which no repair writes, as hard links."""
     target.mkdir(parents=True)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)

@@ -17,19 +17,29 @@ from loraline.merger.check.tokenizer import UNLOADABLE_CLASSES, right_eos, stopp
 from loraline.merger.check.tokens import TokenizerFiles, chat_template, read_tokenizer
 from loraline.merger.sync import write_json
 from loraline.merger.weights.header import read_header
-from loraline.merger.weights.layout import INDEX_FILE
+from loraline.merger.weights.layout import INDEX_FILE, SHARD_NAMES, shard_path
 
+_MAX_ROUNDS = 5
 _ID_OF = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
 
 
 def repair_folder(folder: Path, base: Path | None = None) -> list[Finding]:
-    """Apply every safe repair to `folder` and return the findings that are gone after it."""
-    before = check_folder(folder, base)
-    for finding in before:
-        if finding.repairable and finding.code in _REPAIRS:
+    """Apply every safe repair to `folder` and return the findings that are gone after it.
+
+    In rounds, as some defects hide others: sizes are not compared while the config claims quantised weights.
+    """
+    gone: list[Finding] = []
+    found = check_folder(folder, base)
+    for _ in range(_MAX_ROUNDS):
+        mendable = [finding for finding in found if finding.repairable and finding.code in _REPAIRS]
+        for finding in mendable:
             _REPAIRS[finding.code](folder, finding, base)
-    left = {(finding.code, finding.file, finding.message) for finding in check_folder(folder, base)}
-    return [f for f in before if f.repairable and (f.code, f.file, f.message) not in left]
+        after = check_folder(folder, base)
+        if after == found:
+            break
+        gone += [finding for finding in mendable if finding not in after]
+        found = after
+    return gone
 
 
 def adopt_training(folder: Path, adapter: Path) -> list[Finding]:
@@ -152,8 +162,12 @@ def _drop_quantization(folder: Path, finding: Finding, base: Path | None) -> Non
 def _index(folder: Path, finding: Finding, base: Path | None) -> None:
     weight_map: dict[str, str] = {}
     index = json.loads((folder / INDEX_FILE).read_bytes())
-    for name in dict.fromkeys(index["weight_map"].values()):
-        weight_map.update({tensor.name: name for tensor in read_header(folder / name).tensors})
+    size = 0
+    for name in sorted({*index["weight_map"].values(), *(path.name for path in folder.glob(SHARD_NAMES))}):
+        header = read_header(shard_path(folder, name))
+        weight_map.update({tensor.name: name for tensor in header.tensors})
+        size += header.data_size
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
     index["weight_map"] = dict(sorted(weight_map.items()))
     write_json(folder / INDEX_FILE, index)
 

@@ -124,9 +124,10 @@ def _row(found: Any, within: bool) -> str:
     if found.mean_kl == found.top1_agreement == 0:  # recorded log-probabilities have no distribution to compare
         kl = "| – | –"
         return f"| {found.subject} | {found.tokens} {kl} | {found.max_abs_logprob_diff:.2e} | – | | {verdict} |"
+    top1, moved = f"{found.top1_agreement:.3f}", f"{found.base_to_adapter_diff:.2e}"
     return (
         f"| {found.subject} | {found.tokens} | {found.mean_kl:.2e} | {found.max_kl:.2e} | "
-        f"{found.max_abs_logprob_diff:.2e} | {found.top1_agreement:.3f} | {found.base_to_adapter_diff:.2e} | {verdict} |"
+        f"{found.max_abs_logprob_diff:.2e} | {top1} | {moved} | {verdict} |"
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import grpc.aio
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2, merger_pb2_grpc

@@ -1,0 +1,1 @@
+"""Trainer: datasets to adapters with their evidence."""

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 SEAL = "seal.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -94,3 +95,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """Return the trainer_state.json of a checkpoint; empty when it cannot be read."""
+    try:
+        content = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

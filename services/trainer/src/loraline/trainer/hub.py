@@ -47,15 +47,15 @@ def _explain(error: Exception, hub_id: str, revision: str, *, offline: bool) -> 
         return not_found("HUB_MODEL_MISSING", message, hub_id=hub_id)
     if offline:
         message = (
-            f"{at} is not in this machine's cache, and HF_HUB_OFFLINE is set. Fetch it on a connected machine and carry "
-            "it over as an artifact, or unset HF_HUB_OFFLINE."
+            f"{at} is not in this machine's cache, and HF_HUB_OFFLINE is set. Fetch it on a connected machine and "
+            "carry it over as an artifact, or unset HF_HUB_OFFLINE."
         )
         return not_found("HUB_NOT_CACHED", message, hub_id=hub_id)
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
         message = f"{endpoint} refused {at}: {error}"
         return failed_precondition("HUB_REFUSED", message, hub_id=hub_id)
     message = (
-        f"{endpoint} could not be reached for {at}, and it is not in this machine's cache ({type(error).__name__}). Check "
-        "network and proxy, set HF_ENDPOINT to a mirror, or import the model from a path or an artifact."
+        f"{endpoint} could not be reached for {at}, and it is not in this machine's cache ({type(error).__name__}). "
+        "Check network and proxy, set HF_ENDPOINT to a mirror, or import the model from a path or an artifact."
     )
     return unavailable("HUB_UNREACHABLE", message, hub_id=hub_id)

@@ -110,15 +110,20 @@ def _parse(line: bytes) -> list[dict[str, str]] | str:
     if not isinstance(messages, list) or not messages:
         return "has no messages"
     for position, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return f"has no known role in messages[{position}]"
-        if not isinstance(message.get("content"), str):
-            return f"has no text in messages[{position}].content"
-        if message["role"] == "assistant" and not message["content"].strip():
-            return f"has an empty answer in messages[{position}]"
+        problem = _problem(message)
+        if problem:
+            return f"has {problem} in messages[{position}]"
     if all(message["role"] != "assistant" for message in messages):
         return "has no assistant turn"
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _problem(message: Any) -> str:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        return "no known role"
+    if not isinstance(message.get("content"), str):
+        return "no text as content"
+    return "an empty answer" if message["role"] == "assistant" and not message["content"].strip() else ""
 
 
 def mix(datasets: Sequence[LoadedDataset], *, validation_fraction: float, seed: int) -> Mixture:
@@ -127,7 +132,7 @@ def mix(datasets: Sequence[LoadedDataset], *, validation_fraction: float, seed: 
     The datasets' own validation rows are used when there are any; else `validation_fraction` of the rows are set apart
     before repetition, so that no validation row is trained on. Equal conversations fall on the same side.
     """
-    generator = random.Random(f"mix:{seed}")
+    generator = random.Random(f"mix:{seed}")  # noqa: S311  (a shuffle, no secret)
     validation = [row for dataset in datasets for row in dataset.validation]
     train_parts = [list(dataset.train) for dataset in datasets]
     if not validation and validation_fraction > 0:

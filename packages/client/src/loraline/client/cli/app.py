@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Annotated, Any, cast
 
 import typer
+
 from loraline.client.aio import AsyncLoraline
 from loraline.client.cli.failures import CommandFailed, told
 from loraline.client.cli.output import Format, Output

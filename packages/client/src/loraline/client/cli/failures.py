@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+from rich.text import Text
+
 from loraline.client.cli.output import Output, clean
 from loraline.client.errors import LoralineApiError
-from rich.text import Text
 
 OK, FAILED, USAGE, UNREACHABLE, AUTH, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -24,6 +25,16 @@ _CODES = {
     grpc.StatusCode.UNAUTHENTICATED: AUTH,
     grpc.StatusCode.PERMISSION_DENIED: AUTH,
 }
+
+
+_BY_REASON = {
+    "NO_MODEL_LOADED": "loraline models list, then loraline models load model/NAME",
+    "MODEL_NOT_READY": "The engine is busy loading; the same command works in a moment.",
+    "JOB_NOT_FOUND": "loraline jobs list",
+    "ARTIFACT_NOT_FOUND": "loraline artifacts list",
+    "MODEL_NOT_SERVED": "loraline adapters list",
+}
+"""What to do next, by reason, where the command line has a command for it."""
 
 
 class CommandFailed(Exception):
@@ -50,7 +61,7 @@ def next_step(error: LoralineApiError) -> str:
         )
     if error.code is grpc.StatusCode.PERMISSION_DENIED:
         return "Use a key with the role that this needs; `loraline keys list` shows the roles on the server's machine."
-    return ""
+    return _BY_REASON.get(error.reason, "")
 
 
 def tell(output: Output, error: LoralineApiError, *, where: str = "", then: str = "") -> None:

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 
 import typer
+
 from loraline.client.cli.app import App, begin, invocation
 from loraline.client.cli.commands import adapters, artifacts, chat, jobs, models, pipelines, version
 from loraline.client.cli.failures import INTERRUPTED

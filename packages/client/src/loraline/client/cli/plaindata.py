@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf import any_pb2, duration_pb2, json_format, struct_pb2, timestamp_pb2
 from google.protobuf.message import Message
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2  # noqa: F401 - results inside Any are found by their registration
 from loraline.api.merger.v1 import merger_pb2  # noqa: F401

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
-from loraline.api.job.v1 import job_pb2
-from loraline.client.cli.output import Output, clean, seconds_text, size_text
-from loraline.client.cli.plaindata import as_data, enum_word
-from loraline.client.pipeline.report import StageOutcome
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from loraline.api.job.v1 import job_pb2
+from loraline.client.cli.output import Output, clean, seconds_text, size_text
+from loraline.client.cli.plaindata import as_data, enum_word
+from loraline.client.pipeline.report import StageOutcome
 
 FIGURES = ("loss", "eval_loss", "token_accuracy", "rows", "tokens_per_second", "kl")
 QUARTERS = 4
@@ -49,11 +50,13 @@ def view(output: Output) -> View:
 
 def figures_text(progress: job_pb2.Progress) -> str:
     """Return step and figures of a progress in a few words."""
-    parts = [clean(progress.message)] if progress.message else []
-    if progress.total_steps and progress.unit != "byte":
-        parts.append(f"{progress.unit or 'step'} {progress.step}/{progress.total_steps}")
-    parts += [f"{name} {progress.metrics[name]:.4g}" for name in FIGURES if name in progress.metrics]
-    return "  ".join(parts)
+    said = clean(progress.message)
+    parts = [said] if said else []
+    steps = f"{progress.step}/{progress.total_steps}"
+    if progress.total_steps and progress.unit != "byte" and steps not in said:
+        parts.append(f"{progress.unit or 'step'} {steps}")
+    figures = [name for name in FIGURES if name in progress.metrics and f"{name} " not in said]
+    return "  ".join([*parts, *(f"{name} {progress.metrics[name]:.4g}" for name in figures)])
 
 
 def outcome_text(outcome: StageOutcome) -> str:
@@ -133,7 +136,7 @@ class PlainView(_NoContext):
     def sent(self, stage: str, done: int, total: int) -> None:
         """Write the end of a transfer only."""
         if done == total:
-            self._say(stage, f"{size_text(total)} sent")
+            self._say(stage, f"{size_text(total)} transferred")
 
     def job_update(self, stage: str, update: job_pb2.WatchJobResponse) -> None:
         """Write the event when it is noteworthy."""

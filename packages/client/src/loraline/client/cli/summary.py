@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
 from loraline.client.cli.output import Output, clean, seconds_text
 from loraline.client.cli.plaindata import as_data
 from loraline.client.cli.progress import outcome_data
 from loraline.client.pipeline.report import AskedPrompt, Check, PipelineReport
 from loraline.client.resources.inference import Answer
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 HEADINGS = {"base": "base model", "tuned": "tuned", "merged": "merged model", "answer": "answer"}
 
@@ -67,11 +68,15 @@ def tell_checks(output: Output, checks: list[Check]) -> None:
         return
     output.say("")
     output.say("evidence", "bold cyan")
+    width = max(len(check.name) for check in checks)
+    grid = Table.grid(padding=(0, 2))
     for check in checks:
         mark, style = ("ok", "green") if check.passed else ("FAILED", "bold red")
-        line = Text.assemble((f"  {mark:<7}", style), (f"{check.name:<16}", "bold"), clean(check.figures))
-        if not output.quiet:
-            output.out.print(line, soft_wrap=not output.terminal)
+        grid.add_row(Text(f"  {mark}", style), Text(check.name, "bold"), Text(clean(check.figures)))
+        if not output.terminal:
+            output.say(f"  {mark:<7} {check.name:<{width}}  {check.figures}")
+    if output.terminal and not output.quiet:
+        output.out.print(grid)
 
 
 def tell_places(output: Output, report: PipelineReport) -> None:

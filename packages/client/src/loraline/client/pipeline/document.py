@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import yaml
+
 from loraline.client.errors import LoralineApiError
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.client.refs import kind_name
 

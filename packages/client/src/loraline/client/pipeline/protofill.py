@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf import duration_pb2, json_format, struct_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.client.errors import LoralineApiError

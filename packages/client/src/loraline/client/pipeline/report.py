@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.inference.v1 import inference_pb2
 from loraline.api.job.v1 import job_pb2

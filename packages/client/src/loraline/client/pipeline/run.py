@@ -183,7 +183,11 @@ class PipelineRun:
         serve = self._spec.serve
         if serve is None or serve.merged or not serve.adapter:
             return None
-        contract = (await self._client.inference.capabilities()).contract
+        capabilities = await serving.capabilities(self._client)
+        if capabilities is None:
+            self._observer.remark("train", "no model is served yet: that the adapter fits is checked when it is loaded")
+            return None
+        contract = capabilities.contract
         return trainer_pb2.ServingContract(
             max_lora_rank=contract.max_lora_rank,
             target_modules=contract.target_modules,

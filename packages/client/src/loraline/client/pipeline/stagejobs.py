@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.job.v1 import job_pb2
 from loraline.client.aio import AsyncLoraline
@@ -57,6 +58,7 @@ class StageJobs:
             if finish is not None:
                 finish(request)
             job, after = await start(request), 0
+            self._observer.remark(stage, f"job {job.name}")
         else:
             job, how = await self._take_up(stage, found)
             after = found.last_sequence
@@ -101,7 +103,6 @@ class StageJobs:
 
     async def _follow(self, stage: str, job: job_pb2.Job, after: int) -> job_pb2.Job:
         self.live[stage] = job.name
-        self._observer.remark(stage, f"job {job.name}")
         ended = await self._client.jobs.wait(
             job.name, on_update=lambda update: self._observer.job_update(stage, update), after_sequence=after
         )

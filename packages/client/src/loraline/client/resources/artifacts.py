@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import json_format
+
 from loraline.api.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from loraline.client.calls import WORK_SECONDS, Endpoints, may_repeat, pages
 from loraline.client.errors import LoralineApiError

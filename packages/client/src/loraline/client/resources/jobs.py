@@ -9,6 +9,7 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+
 from loraline.api.job.v1 import job_pb2, job_pb2_grpc
 from loraline.client.calls import Endpoint, Endpoints, Patience, may_repeat, pages
 from loraline.client.errors import JobNotSuccessful, LoralineApiError, from_status
@@ -156,7 +157,11 @@ def job_failure(job: job_pb2.Job) -> JobNotSuccessful:
     if job.state == job_pb2.JOB_STATE_FAILED:
         cause = from_status(job.error) if job.HasField("error") else from_status(status_pb2.Status(code=2))
     elif job.state == job_pb2.JOB_STATE_PAUSED:
-        cause = LoralineApiError(grpc.StatusCode.FAILED_PRECONDITION, job.pause.reason or "PAUSED", job.pause.message)
+        cause = LoralineApiError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            job.pause.reason or "PAUSED",
+            f"{job.name} is paused: {job.pause.message}",
+        )
     else:
         word = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
         cause = LoralineApiError(grpc.StatusCode.CANCELLED, word, f"{job.name} is {word}.")

@@ -42,13 +42,26 @@ class Version:
         return f"{KIND_NAMES.get(self.kind)}/{self.name}:v{self.version}"
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A version that never became ready, or is being deleted, and the paths that may have been written for it."""
+
+    kind: int
+    name: str
+    version: int
+    paths: tuple[str, ...]
+
+
 def _version(row: Any) -> Version:
     manifest = Manifest.from_json(json.loads(row.details), json.loads(row.files)) if row.details else None
     return Version(row.id, row.kind, row.name, row.version, row.state, row.digest, manifest)
 
 
-def allot(connection: Connection, kind: int, name: str, *, job: str, writer: str) -> int:
-    """Give the writer the next version number of the name; nobody else gets the same, ever."""
+def allot(connection: Connection, kind: int, name: str, *, job: str, writer: str, paths: Sequence[str]) -> int:
+    """Give the writer the next version number of the name; nobody else gets the same, ever.
+
+    The paths are what it is going to write: whoever cleans up after it could not find unfinished uploads otherwise.
+    """
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     counted = insert(artifact_names).values(kind=kind, name=name, last_version=1)
     counted = counted.on_conflict_do_update(
@@ -59,14 +72,14 @@ def allot(connection: Connection, kind: int, name: str, *, job: str, writer: str
     connection.execute(
         sa.insert(artifacts).values(
             kind=kind, name=name, version=version, state=PENDING, writer=writer, job=job, heartbeat_time=now,
-            digest="", size_bytes=0, create_time=now, details="", files="",
+            digest="", size_bytes=0, create_time=now, details="", files=json.dumps(paths),
         )
     )  # fmt: skip
     return version
 
 
-def supersede(connection: Connection, kind: int, name: str, job: str) -> list[int]:
-    """Take the unfinished versions of a job's earlier attempts from their writers; return their numbers.
+def supersede(connection: Connection, kind: int, name: str, job: str) -> list[Unfinished]:
+    """Take the unfinished versions of a job's earlier attempts from their writers.
 
     Their numbers are not used again: a writer that only seemed dead may still be sending files there.
     """
@@ -75,10 +88,19 @@ def supersede(connection: Connection, kind: int, name: str, job: str) -> list[in
     chosen = sa.and_(
         artifacts.c.kind == kind, artifacts.c.name == name, artifacts.c.job == job, artifacts.c.state == PENDING
     )
-    rows = connection.execute(sa.select(artifacts.c.version).where(chosen)).scalars().all()
-    if rows:
+    found = _unfinished(connection, chosen)
+    if found:
         connection.execute(sa.update(artifacts).where(chosen).values(state=DELETING, heartbeat_time=time.time()))
-    return list(rows)
+    return found
+
+
+def _unfinished(connection: Connection, chosen: sa.ColumnElement[bool]) -> list[Unfinished]:
+    found = []
+    for row in connection.execute(sa.select(artifacts).where(chosen)):
+        items = json.loads(row.files or "[]")
+        paths = tuple(item["path"] if isinstance(item, dict) else item for item in items)
+        found.append(Unfinished(row.kind, row.name, row.version, paths))
+    return found
 
 
 def finish(connection: Connection, manifest: Manifest, writer: str) -> None:
@@ -121,15 +143,16 @@ def drop(connection: Connection, kind: int, name: str, version: int, *, give_bac
         connection.execute(sa.update(artifact_names).where(last).values(last_version=version - 1))
 
 
-def claim_garbage(connection: Connection, older_than_seconds: float) -> list[tuple[int, str, int]]:
-    """Take unfinished and half-deleted versions that show no sign of life; return kind, name and version of each."""
+def claim_garbage(connection: Connection, older_than_seconds: float) -> list[Unfinished]:
+    """Take unfinished and half-deleted versions that show no sign of life."""
     stale = sa.and_(
         artifacts.c.state.in_([PENDING, DELETING]), artifacts.c.heartbeat_time <= time.time() - older_than_seconds
     )
-    rows = connection.execute(sa.select(artifacts.c.kind, artifacts.c.name, artifacts.c.version).where(stale)).all()
-    for row in rows:
-        connection.execute(sa.update(artifacts).where(_same(*row)).values(state=DELETING))
-    return [(row.kind, row.name, row.version) for row in rows]
+    found = _unfinished(connection, stale)
+    for item in found:
+        chosen = _same(item.kind, item.name, item.version)
+        connection.execute(sa.update(artifacts).where(chosen).values(state=DELETING))
+    return found
 
 
 def latest(connection: Connection, kind: int, name: str) -> Version | None:

@@ -210,7 +210,7 @@ class ArtifactLibrary:
         with self.database.begin() as connection:
             found = catalog.find(connection, ref, lock=True)
             catalog.mark_deleting(connection, found)
-        self._purge(found.kind, found.name, found.version)
+        self._purge(catalog.Unfinished(found.kind, found.name, found.version, ()))
 
     def set_alias(self, ref: ArtifactRef, alias: str, actor: str = "") -> AliasChange:
         """Point an alias at a version, in one transaction with its history."""
@@ -238,16 +238,16 @@ class ArtifactLibrary:
         """Remove what writers that died left behind, if silent for so long; return how many versions that were."""
         with self.database.begin() as connection:
             doomed = catalog.claim_garbage(connection, older_than_seconds)
-        for kind, name, version in doomed:
-            self._purge(kind, name, version)
+        for item in doomed:
+            self._purge(item)
         self.store.sweep(older_than_seconds)
         sweep_uploads(self.upload_dir, older_than_seconds)
         return len(doomed)
 
-    def _purge(self, kind: int, name: str, version: int) -> None:
-        self.store.discard(prefix_of(kind, name, version))
+    def _purge(self, item: catalog.Unfinished) -> None:
+        self.store.discard(prefix_of(item.kind, item.name, item.version), item.paths)
         with self.database.begin() as connection:
-            catalog.drop(connection, kind, name, version)
+            catalog.drop(connection, item.kind, item.name, item.version)
 
     def _find(self, ref: ArtifactRef) -> Manifest:
         check_ref(ref)

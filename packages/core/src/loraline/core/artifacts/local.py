@@ -90,7 +90,7 @@ class LocalStore:
             for folder in (final.parent, final.parent.parent, self._root):
                 sync_folder(folder)
 
-    def discard(self, prefix: str) -> None:
+    def discard(self, prefix: str, paths: Sequence[str] = ()) -> None:
         """Move the version out of sight in one step, then delete it."""
         for folder in (self._root / prefix, self._incoming(prefix)):
             doomed = self._root / ".incoming" / f"doomed-{uuid4().hex}"

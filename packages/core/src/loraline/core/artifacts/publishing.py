@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,14 @@ class Publication:
         with self.database.begin() as connection:
             self._check(connection)
             given_up = catalog.supersede(connection, self.kind, self.name, self.job)
-            version = catalog.allot(connection, self.kind, self.name, job=self.job, writer=self.writer)
+            paths = [item.path for item in planned]
+            version = catalog.allot(
+                connection, self.kind, self.name, job=self.job, writer=self.writer, paths=paths
+            )
         prefix = prefix_of(self.kind, self.name, version)
         try:
-            for number in given_up:
-                self._remove(number, give_back=False)
+            for item in given_up:
+                self._remove(item.version, item.paths, give_back=False)
             with self._heartbeat(version):
                 files = self.store.write(prefix, planned, self._advance)
                 manifest = self._manifest(version, files)
@@ -104,7 +107,7 @@ class Publication:
         except BaseException:
             # Whatever can't be removed now stays a pending row, which collect_garbage finds.
             with contextlib.suppress(Exception):
-                self._remove(version, give_back=True)
+                self._remove(version, (), give_back=True)
             raise
         return manifest
 
@@ -122,8 +125,8 @@ class Publication:
             library_versions=self.library_versions,
         )
 
-    def _remove(self, version: int, *, give_back: bool) -> None:
-        self.store.discard(prefix_of(self.kind, self.name, version))
+    def _remove(self, version: int, paths: Sequence[str], *, give_back: bool) -> None:
+        self.store.discard(prefix_of(self.kind, self.name, version), paths)
         with self.database.begin() as connection:
             catalog.drop(connection, self.kind, self.name, version, give_back=give_back)
 

@@ -16,7 +16,7 @@ from uuid import uuid4
 from minio import Minio
 from minio.commonconfig import CopySource
 from minio.deleteobjects import DeleteObject
-from minio.error import S3Error
+from minio.error import MinioException
 
 from loraline.core.artifacts.hashing import PIECE, VerifiedFiles
 from loraline.core.artifacts.manifest import MANIFEST, FileEntry
@@ -24,6 +24,7 @@ from loraline.core.artifacts.s3_client import CONCURRENCY, ensure_bucket, is_mis
 from loraline.core.artifacts.s3_transfer import PART_SIZE, Buffers, Transfer
 from loraline.core.artifacts.store import Advance, PlannedFile, damaged, disk_errors
 from loraline.core.config import CoreSettings
+from loraline.core.errors import unavailable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,7 +80,7 @@ class S3Store:
     def _copied(self, key: str, earlier: str, entry: FileEntry) -> bool:
         try:
             self._client.copy_object(self._bucket, key, CopySource(self._bucket, self._key(earlier, entry.path)))
-        except S3Error as error:
+        except MinioException as error:
             if is_missing(error):
                 return False
             raise
@@ -92,29 +93,29 @@ class S3Store:
             key = self._key(prefix, MANIFEST)
             self._client.put_object(self._bucket, key, io.BytesIO(manifest), len(manifest), "application/json")
 
-    def discard(self, prefix: str) -> None:
-        """Delete the manifest, then every object and every unfinished upload of the version."""
+    def discard(self, prefix: str, paths: Sequence[str] = ()) -> None:
+        """Delete the manifest, then every unfinished upload of these paths and every object of the version."""
         with self._using(prefix):
             self._client.remove_object(self._bucket, self._key(prefix, MANIFEST))
-            for upload in self._unfinished(self._key(prefix, "")):
-                self._client._abort_multipart_upload(self._bucket, *upload)
+            for path in paths:
+                self._abort_uploads(self._key(prefix, path))
             found = self._client.list_objects(self._bucket, prefix=self._key(prefix, ""), recursive=True)
             doomed = [DeleteObject(item.object_name) for item in found if item.object_name]
             for failure in self._client.remove_objects(self._bucket, doomed):
-                raise S3Error(None, failure.code, failure.message, failure.name, None, None)  # type: ignore[arg-type]
+                message = f"{self.location(prefix)}: {failure.name} can't be deleted ({failure.message}). Try again."
+                raise unavailable("STORE_FAILED", message, location=self.location(prefix))
 
-    def _unfinished(self, under: str) -> list[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
-        key_marker: str | None = None
-        id_marker: str | None = None
-        while True:
-            page = self._client._list_multipart_uploads(
-                self._bucket, prefix=under, key_marker=key_marker, upload_id_marker=id_marker
-            )
-            found += [(item.object_name, item.upload_id) for item in page.uploads if item.upload_id]
-            if not page.is_truncated:
-                return [pair for pair in found if pair[0].startswith(under)]
-            key_marker, id_marker = page.next_key_marker, page.next_upload_id_marker
+    def _abort_uploads(self, key: str) -> None:
+        # MinIO and others list unfinished uploads of one exact key only, not of all keys that begin so.
+        try:
+            found = self._client._list_multipart_uploads(self._bucket, prefix=key).uploads
+        except MinioException as error:
+            if is_missing(error):
+                return
+            raise
+        for item in found:
+            if item.object_name == key and item.upload_id:
+                self._client._abort_multipart_upload(self._bucket, key, item.upload_id)
 
     def sweep(self, older_than_seconds: float) -> None:
         """Do nothing: all that can be left behind lies under a version, where discard finds it."""
@@ -124,7 +125,7 @@ class S3Store:
         with self._using(prefix):
             try:
                 response = self._client.get_object(self._bucket, self._key(prefix, MANIFEST))
-            except S3Error as error:
+            except MinioException as error:
                 if is_missing(error):
                     return None
                 raise
@@ -149,7 +150,7 @@ class S3Store:
         with self._using(prefix):
             try:
                 response = self._client.get_object(self._bucket, self._key(prefix, entry.path))
-            except S3Error as error:
+            except MinioException as error:
                 if is_missing(error):
                     raise damaged(self.location(prefix), {entry.path: "is missing"}) from error
                 raise
@@ -207,7 +208,7 @@ class S3Store:
             if size != entry.size:
                 return f"has {size} bytes instead of {entry.size}"
             actual = transfer.download(key, entry, descriptor)
-        except S3Error as error:
+        except MinioException as error:
             if is_missing(error):
                 return "is missing"
             raise

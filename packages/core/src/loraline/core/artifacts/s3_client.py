@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import certifi
 import grpc
 import urllib3
 from minio import Minio
-from minio.error import MinioException, S3Error
+from minio.error import InvalidResponseError, MinioException, S3Error
 from urllib3.util import Retry, Timeout
 
 from loraline.core.config import CoreSettings
@@ -28,7 +29,7 @@ CONCURRENCY = 4
 _REMEDY = "Check LORALINE_S3_ENDPOINT, LORALINE_S3_ACCESS_KEY, LORALINE_S3_SECRET_KEY and LORALINE_STORE_URL."
 _WHO = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "AuthorizationHeaderMalformed"}
 _FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "EntityTooLarge"}
-_GONE = {"NoSuchKey", "NoSuchVersion"}
+_GONE = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "NotFound"}
 
 
 def open_client(settings: CoreSettings, connections: int = 2 * CONCURRENCY) -> Minio:
@@ -75,14 +76,27 @@ def ensure_bucket(client: Minio, bucket: str, region: str) -> None:
         return
     try:
         client.make_bucket(bucket, location=region)
-    except S3Error as error:
-        if error.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+    except MinioException as error:
+        if _said(error)[0] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
             raise
 
 
-def is_missing(error: S3Error) -> bool:
-    """Tell whether the server said that an object is not there."""
-    return error.code in _GONE
+def is_missing(error: MinioException) -> bool:
+    """Tell whether the server said that an object or an unfinished upload is not there."""
+    return _said(error)[0] in _GONE
+
+
+def _said(error: MinioException) -> tuple[str, str]:
+    """Return the S3 error code and message, empty when the answer has none.
+
+    The client reads errors sent as application/xml only; rclone and others send text/xml, which is S3 all the same.
+    """
+    if isinstance(error, S3Error):
+        return error.code or "unknown", error.message or ""
+    if isinstance(error, InvalidResponseError):
+        found = [re.search(f"<{tag}>([^<]*)</{tag}>", str(error)) for tag in ("Code", "Message")]
+        return found[0][1] if found[0] else "", found[1][1] if found[1] else ""
+    return "", ""
 
 
 @contextmanager
@@ -90,13 +104,14 @@ def s3_errors(where: str) -> Iterator[None]:
     """Turn the client's failures into typed errors that name the place and the remedy."""
     try:
         yield
-    except S3Error as error:
-        raise _of_server(error, where) from error
     except urllib3.exceptions.HTTPError as error:
         reason = getattr(error, "reason", None) or error
         message = f"The S3 server of {where} is out of reach: {_cause(reason)}. {_REMEDY}"
         raise unavailable("STORE_UNREACHABLE", message, location=where) from error
     except MinioException as error:
+        code, text = _said(error)
+        if code:
+            raise _of_server(code, text, where) from error
         message = f"What answers for {where} does not speak S3: {str(error)[:200]}. {_REMEDY}"
         raise unavailable("STORE_UNREACHABLE", message, location=where) from error
 
@@ -106,9 +121,8 @@ def _cause(error: object) -> str:
     return str(error).rsplit(">: ", maxsplit=1)[-1][:200]
 
 
-def _of_server(error: S3Error, where: str) -> LoralineError:
-    code = error.code or "unknown"
-    said = f"{code}: {error.message}" if error.message else code
+def _of_server(code: str, text: str, where: str) -> LoralineError:
+    said = f"{code}: {text}" if text and text != code else code
     if code in _WHO:
         message = f"The S3 server of {where} does not accept the keys ({said}). {_REMEDY}"
         return LoralineError(grpc.StatusCode.UNAUTHENTICATED, "STORE_ACCESS_DENIED", message)

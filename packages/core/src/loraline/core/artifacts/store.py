@@ -49,8 +49,11 @@ class BlobStore(Protocol):
         """Make what was written visible by writing its manifest."""
         ...
 
-    def discard(self, prefix: str) -> None:
-        """Remove a version, finished or not, manifest first; nothing there is no error."""
+    def discard(self, prefix: str, paths: Sequence[str] = ()) -> None:
+        """Remove a version, finished or not, manifest first; nothing there is no error.
+
+        `paths` are files that a writer that died may have been sending.
+        """
         ...
 
     def sweep(self, older_than_seconds: float) -> None:

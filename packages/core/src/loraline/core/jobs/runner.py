@@ -17,7 +17,7 @@ from loraline.core.errors import LoralineError
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.model import state_name
 from loraline.core.jobs.observer import JobObserver, NoObserver
-from loraline.core.jobs.supervisor import EventSink, Supervisor
+from loraline.core.jobs.supervisor import EventSink, Supervisor, held_here
 from loraline.core.jobs.table import JobTable
 
 _QUEUE_STATE_SECONDS = 5.0
@@ -102,7 +102,8 @@ class JobRunner:
                 await asyncio.wait_for(self._woken.wait(), self._settings.poll_seconds)
 
     def _look(self) -> None:
-        for takeover in self._table.reap(self._settings.max_attempts):
+        # Not what this process itself watches over: after a laptop's sleep the lease has run out, the child has not.
+        for takeover in self._table.reap(self._settings.max_attempts, keep=held_here()):
             self._observer.lease_takeover(takeover.kind)
             self._on_event("lease_taken_over", {"job": takeover.name, "state": state_name(takeover.state)})
         while not self._draining and len(self._active) < self._settings.max_concurrent_jobs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -40,9 +40,10 @@ class SqlLeases(SqlRows):
         """Take the oldest QUEUED job of these kinds."""
         waiting = sa.select(jobs.c.seq).where(jobs.c.state == QUEUED, jobs.c.kind.in_(list(kinds)))
         waiting = waiting.order_by(jobs.c.seq).limit(1)
-        with self.database.read() as connection:  # idle runners take no write lock
-            if connection.execute(waiting).first() is None:
-                return None
+        if not self._is_postgres:  # idle runners shall not take SQLite's only write lock
+            with self.database.read() as connection:
+                if connection.execute(waiting).first() is None:
+                    return None
         with self.database.begin() as connection:
             now = self._now()
             statement = (
@@ -75,9 +76,10 @@ class SqlLeases(SqlRows):
             self._append(connection, row.name, row.last_sequence, row.attempt, [state_change(QUEUED, RUNNING)])
             return Claim(row.name, row.kind, row.epoch, row.attempt, max(0.0, float(row.waited)))
 
-    def reap(self, max_attempts: int) -> list[Takeover]:
+    def reap(self, max_attempts: int, keep: Collection[str] = ()) -> list[Takeover]:
         """Take RUNNING jobs whose lease has run out from their runners."""
-        expired = sa.select(jobs).where(jobs.c.state == RUNNING, jobs.c.lease_expires < self._now()).limit(_REAP_BATCH)
+        silent = (jobs.c.state == RUNNING, jobs.c.lease_expires < self._now(), jobs.c.name.not_in(list(keep)))
+        expired = sa.select(jobs).where(*silent).limit(_REAP_BATCH)
         with self.database.read() as connection:
             if connection.execute(expired.with_only_columns(jobs.c.seq)).first() is None:
                 return []

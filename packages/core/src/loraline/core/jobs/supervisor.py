@@ -30,6 +30,13 @@ _T = TypeVar("_T")
 EventSink = Callable[[str, Mapping[str, object]], None]
 """Told what a runner does, for its log: an event's name and its facts."""
 
+_held_here: set[str] = set()
+
+
+def held_here() -> frozenset[str]:
+    """Return the names of the jobs that runners of this process watch over now."""
+    return frozenset(_held_here)
+
 
 class Supervisor(threading.Thread):
     """Runs a claimed job in a child process group, on a thread of its own.
@@ -70,6 +77,7 @@ class Supervisor(threading.Thread):
         begin = time.monotonic()
         self._observer.job_started(self.claim.kind, self.claim.queue_seconds)
         state = ""
+        _held_here.add(self.claim.name)
         try:
             folder = job_folder(self._settings.data_dir, self.claim.name)
             code = self._run_child(folder)
@@ -77,6 +85,7 @@ class Supervisor(threading.Thread):
         except Exception as error:  # the lease runs out then, and the job is taken up again
             self._tell("job_supervision_failed", error=f"{type(error).__name__}: {error}")
         finally:
+            _held_here.discard(self.claim.name)
             self._observer.job_finished(self.claim.kind, state or "UNKNOWN", time.monotonic() - begin)
             self._tell("job_left", state=state)
             self._on_end(self)
@@ -104,6 +113,7 @@ class Supervisor(threading.Thread):
         finally:
             _kill_group(child.pid)  # what it left behind: workers, launchers, the guardian
             child.wait()
+            _reap_group(child.pid)
             if child.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.close()
@@ -215,3 +225,11 @@ class Supervisor(threading.Thread):
 def _kill_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone; macOS says EPERM for zombies
         os.killpg(group, signal.SIGKILL)
+
+
+def _reap_group(group: int) -> None:
+    """Collect members of a killed group that became this process's children, as orphans do when it is process 1."""
+    with contextlib.suppress(ChildProcessError):  # there are none, the usual case
+        for _ in range(100):
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)

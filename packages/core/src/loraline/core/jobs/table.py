@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from sqlalchemy import Connection
@@ -81,8 +81,8 @@ class JobTable(Protocol):
         """Take the oldest QUEUED job of these kinds: RUNNING, epoch + 1, attempt + 1. None when none waits."""
         ...
 
-    def reap(self, max_attempts: int) -> Sequence[Takeover]:
-        """Take RUNNING jobs whose lease has run out from their runners.
+    def reap(self, max_attempts: int, keep: Collection[str] = ()) -> Sequence[Takeover]:
+        """Take RUNNING jobs whose lease has run out from their runners, except those named in `keep`.
 
         Each becomes QUEUED; CANCELLED or PAUSED when that was asked for; FAILED (WORKER_LOST) when its process was
         lost for the max_attempts-th time.

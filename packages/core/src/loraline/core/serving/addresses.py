@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass, field
 
 import grpc
+
 from loraline.core.errors import LoralineError, failed_precondition
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import grpc
 import structlog
+
 from loraline.core.errors import LoralineError, already_exists, failed_precondition, invalid_argument, not_found
 
 ROLES = ("chat", "operate")
@@ -137,6 +138,9 @@ class KeyRing:
         self.path = path
         self._records: dict[str, KeyRecord] = {}
         self._principals: dict[str, Principal] = {}
+        # Keys that proved right since the file was read, so that hashing is paid once for each. Looking one up tells a
+        # guesser nothing: Python compares strings only when their randomly keyed hashes are equal.
+        self._proven: dict[str, Principal] = {}
         self._stamp: tuple[int, int, int] | None = None
         self._next_check = 0.0
         self._load()
@@ -147,6 +151,9 @@ class KeyRing:
         if now >= self._next_check:
             self._next_check = now + _RELOAD_SECONDS
             self._reload_if_changed()
+        proven = self._proven
+        if key in proven:
+            return proven[key]
         parts = key.split("_", 2)
         prefix, key_id, secret = parts if len(parts) == 3 else ("", "", "")
         record = self._records.get(key_id)
@@ -154,7 +161,7 @@ class KeyRing:
         known = hmac.compare_digest(digest, record.sha256 if record else _NO_SECRET)
         if not known or record is None or prefix != "lora":
             return None
-        return self._principals[key_id]
+        return proven.setdefault(key, self._principals[key_id])
 
     def create(self, name: str, roles: Sequence[str]) -> str:
         """Add a key and return it in plain: the only time it is ever seen. ALREADY_EXISTS when the name is taken."""
@@ -203,6 +210,7 @@ class KeyRing:
             raise failed_precondition("KEYS_FILE_UNREADABLE", text, path=str(self.path)) from error
         self._stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
         self._records = records
+        self._proven = {}
         self._principals = {r.id: Principal(r.id, r.name, r.roles) for r in records.values()}
 
     def _reload_if_changed(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+
 from loraline.core.errors import LoralineError, invalid_argument, unsupported
 from loraline.core.serving.grpc_metrics import MethodStats
 from loraline.core.serving.statuses import abort, as_error

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+from prometheus_client import CollectorRegistry
+
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.config import CoreSettings
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.queue import JobQueue
-from prometheus_client import CollectorRegistry
 
 if TYPE_CHECKING:
     from loraline.core.db.database import Database

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 from grpc_health.v1 import health, health_pb2
+
 from loraline.core.db.database import Database
 from loraline.core.serving.component import Component
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
 from loraline.core.config import CoreSettings
 from loraline.core.errors import failed_precondition
 from loraline.core.serving.health import HealthMonitor
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 _HEAD_BYTES = 16 * 1024
 _READ_SECONDS = 10.0

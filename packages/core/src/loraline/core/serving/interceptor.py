@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
 from loraline.core.errors import LoralineError
 from loraline.core.serving.auth import (
     ANONYMOUS,

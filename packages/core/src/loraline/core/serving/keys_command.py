@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
+
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
 from loraline.core.serving.auth import ROLES, KeyRing

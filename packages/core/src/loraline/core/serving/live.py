@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 
 import sqlalchemy as sa
 import structlog
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.core.db.database import Database
 from loraline.core.db.schema import jobs
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 TRAINING_KIND = "trainer.train"
 _MOST_FIGURES = 40

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from loraline.core.jobs.model import QueueState
 from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from loraline.core.jobs.model import QueueState
 
 _JOB_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)
 _ARTIFACT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)

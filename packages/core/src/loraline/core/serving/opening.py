@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import grpc.aio
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
 from loraline.api.artifact.v1 import artifact_pb2_grpc
 from loraline.api.job.v1 import job_pb2_grpc
 from loraline.core.artifacts.library import ArtifactLibrary
@@ -19,7 +21,6 @@ from loraline.core.serving.component import Component, Platform
 from loraline.core.serving.live import TRAINING_KIND, JobTableMetrics, LiveRuns
 from loraline.core.serving.metrics import ArtifactMetrics, JobMetrics
 from loraline.core.serving.startup import make_data_dir
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 ARTIFACT_SERVICE = "loraline.api.artifact.v1.ArtifactService"
 JOB_SERVICE = "loraline.api.job.v1.JobService"

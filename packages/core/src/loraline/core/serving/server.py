@@ -15,6 +15,7 @@ import pydantic
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from loraline.core import logging as platform_logging
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+
 from loraline.core.config import CoreSettings
 from loraline.core.errors import failed_precondition
 from loraline.core.serving.addresses import is_loopback, split_address

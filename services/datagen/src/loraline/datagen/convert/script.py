@@ -62,7 +62,7 @@ def read_script(file: SourceFile, names: frozenset[str]) -> Iterator[tuple[int, 
             exchange.said[-1][1].append(text.strip())
         else:
             yield _not_spoken(file, number)
-    if exchange.said and exchange.said[-1][0].lower() in names:
+    if any(speaker.lower() in names for speaker, _ in exchange.said):
         yield exchange.start, _conversation(exchange, names)
     elif exchange.said and answered:
         yield bad_record("SCRIPT_UNANSWERED", file.name, exchange.start, "nobody answers the last lines of the script.",
@@ -73,6 +73,10 @@ def read_script(file: SourceFile, names: frozenset[str]) -> Iterator[tuple[int, 
 
 
 def _conversation(exchange: _Exchange, names: frozenset[str]) -> Conversation:
+    notes: list[str] = []
+    while exchange.said[-1][0].lower() not in names:
+        exchange.said.pop()
+        notes.append("unanswered_turn_dropped")
     others = {speaker for speaker, _ in exchange.said if speaker.lower() not in names}
     turns: list[tuple[str, str]] = []
     for speaker, lines in exchange.said:
@@ -85,7 +89,7 @@ def _conversation(exchange: _Exchange, names: frozenset[str]) -> Conversation:
         else:
             turns.append((role, text))
     asked = turns[0][1] if turns[0][0] == "user" else ""
-    return Conversation("script", asked, turns)
+    return Conversation("script", asked, turns, notes=notes)
 
 
 def _not_spoken(file: SourceFile, number: int) -> LoralineError:

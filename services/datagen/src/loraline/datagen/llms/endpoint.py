@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import openai
+
 from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
 from loraline.datagen.llms.quota import QuotaNotice, read_notice
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import openai
+
 from loraline.core.errors import LoralineError, failed_precondition, unavailable
 from loraline.core.jobs.handlers import JobPaused
 from loraline.datagen.llms.endpoint import (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jsonschema import Draft202012Validator
+
 from loraline.datagen.llms.ledger import CallRecord
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import ItemError

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
+
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.datagen.quality.findings import CODES, Finding
 

@@ -69,8 +69,8 @@ def _check_settings(config: dict[str, Any]) -> None:
     saved = config.get("modules_to_save")
     if saved:
         message = (
-            f"The adapter brings whole modules of its own (modules_to_save: {', '.join(map(str, saved))}), which cannot "
-            "be put on a running model. Train without them, or merge the adapter and serve the model."
+            f"The adapter brings whole modules of its own (modules_to_save: {', '.join(map(str, saved))}), which "
+            "cannot be put on a running model. Train without them, or merge the adapter and serve the model."
         )
         raise failed_precondition("ADAPTER_SAVES_MODULES", message, modules=", ".join(map(str, saved)))
     for name, what in _REFUSED_SETTINGS.items():

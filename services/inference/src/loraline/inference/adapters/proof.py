@@ -31,8 +31,8 @@ signs differ from token to token, which the mean over all probe tokens takes adv
 _QUANTIZED_BOUND = 0.3
 """Where either side held the weights in 8 or 4 bits: rounding the weights shifts every logit."""
 _FLOORS = {"float32": 1e-4}
-"""Least greatest difference from the base, in nats. Base and adapter run on one engine: no adapter means the same figures
-but for the noise of batching."""
+"""Least greatest difference from the base, in nats. Base and adapter run on one engine: without an adapter in force the
+figures are the same but for the noise of batching."""
 _FLOOR = 1e-2
 
 
@@ -68,7 +68,7 @@ class Evidence:
 
 
 def read_evidence(folder: Path) -> Evidence | None:
-    """Return an artifact's evidence; None when it has neither file. NOT_FOUND or DATA_LOSS for half or broken evidence."""
+    """Return an artifact's evidence; None when it has neither file. NOT_FOUND or DATA_LOSS for half or broken files."""
     if not (folder / "probes.json").is_file() and not (folder / "token_receipt.json").is_file():
         return None
     return Evidence(load_probes(folder), load_receipt(folder))
@@ -81,13 +81,13 @@ def tolerance(probe_dtype: str, engine_dtype: str) -> tuple[float, float]:
 
 
 def match_receipt(receipt: TokenReceipt, chat_format: ChatFormat, what: str) -> int:
-    """Return how many rows render to the trainer's ids: all; FAILED_PRECONDITION RECEIPT_MISMATCH otherwise. Blocking."""
+    """Return how many rows render to the trainer's ids: all, or FAILED_PRECONDITION RECEIPT_MISMATCH. Blocking."""
     differing = compare_rendering(receipt, lambda messages: chat_format.render(messages, generation_prompt=False))
     if differing:
         message = (
             f"{what} was trained on other token ids than this server makes from the same messages: {differing[0]} "
-            f"({len(differing)} of {len(receipt.rows)} rows). Serve the base with the tokenizer and chat template of the "
-            "training, or train again."
+            f"({len(differing)} of {len(receipt.rows)} rows). Serve the base with the tokenizer and chat template of "
+            "the training, or train again."
         )
         raise failed_precondition("RECEIPT_MISMATCH", message, rows=str(len(differing)), first=str(differing[0]))
     return len(receipt.rows)

@@ -165,7 +165,7 @@ class AdapterRegistry:
             return await prove_adapter(self._engine, self._format, internal, evidence, what)
         if self._require_proof:
             message = (
-                f"{what} brings no probes.json and no token_receipt.json, so nothing can prove that it answers as trained. "
+                f"{what} brings no probes.json and no token_receipt.json, so nothing can prove how it answers. "
                 "Train it with this platform, or set LORALINE_INFERENCE_REQUIRE_PROOF=false to serve it unproven."
             )
             raise failed_precondition("NO_EVIDENCE", message, adapter=what)

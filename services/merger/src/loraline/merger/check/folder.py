@@ -20,6 +20,7 @@ from loraline.merger.weights.layout import (
     no_weights,
     read_index,
     shard_path,
+    unnamed_shards,
 )
 
 
@@ -67,7 +68,7 @@ def check_weights(folder: Path) -> tuple[dict[str, TensorInfo], list[Finding]]:
         except LoralineError as error:
             findings.append(from_error(error, name))
     if indexed and not any(finding.severity == "error" for finding in findings):
-        problems = index_problems(weight_map, tuple(shards))
+        problems = [*index_problems(weight_map, tuple(shards)), *unnamed_shards(folder, weight_map)]
         if problems:
             message = f"The index does not match its shards: {problems[0]} ({len(problems)} such)."
             remedy = "Write the index anew from the shards."

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
+
 from loraline.merger.adapter import WEIGHTS_FILE
 from loraline.merger.plan import Addition
-from safetensors import safe_open
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+
 from loraline.core.errors import failed_precondition
 from loraline.merger.engines.models import attach_adapters, load_causal_lm
 from loraline.merger.texts import MeasuredText

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraline.core.errors import LoralineError, failed_precondition
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from loraline.core.errors import LoralineError, failed_precondition
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
 from loraline.core.errors import unsupported
 from loraline.merger.engines.deltas import MergedRows
 from loraline.merger.engines.models import attach_adapters, load_causal_lm
 from loraline.merger.weights.layout import WeightFiles
-from safetensors import safe_open
 
 # Constant buffers that old checkpoints stored; models of today compute them and have no such entry.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")

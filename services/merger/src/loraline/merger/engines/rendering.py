@@ -10,9 +10,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.receipt import Messages, RenderingMismatch, TokenReceipt, compare_rendering
-from transformers import AutoTokenizer
 
 RENDER_SECONDS = 10.0
 """A template that takes longer for one conversation is hostile or broken."""

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
 from loraline.core.errors import LoralineError, failed_precondition, resource_exhausted
 from loraline.merger.engines.deltas import TORCH_DTYPES, RowSource
 from loraline.merger.weights.copy import copy_range, write_all
 from loraline.merger.weights.header import ShardHeader, TensorInfo, corrupt_weights, encode_header
 from loraline.merger.weights.layout import INDEX_FILE, WeightFiles
-from safetensors import safe_open
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 """Elements computed at a time: 16 MiB in float32, three such buffers at the most."""

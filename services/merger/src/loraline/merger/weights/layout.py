@@ -12,6 +12,7 @@ from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_NAMES = "model-[0-9]*-of-[0-9]*.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -49,7 +50,7 @@ def open_weights(folder: Path) -> WeightFiles:
     if index_path.exists():
         weight_map = read_index(index_path)
         shards = tuple(read_header(shard_path(folder, name)) for name in dict.fromkeys(weight_map.values()))
-        problems = index_problems(weight_map, shards)
+        problems = [*index_problems(weight_map, shards), *unnamed_shards(folder, weight_map)]
         if problems:
             raise failed_precondition(
                 "INDEX_MISMATCH",
@@ -109,6 +110,12 @@ def index_problems(weight_map: dict[str, str], shards: tuple[ShardHeader, ...]) 
             problems.append(f"{name} should be in {file} but is in {found.get(name, 'no shard')}")
     problems += [f"{name} of {file} is not in the index" for name, file in found.items() if name not in weight_map]
     return problems
+
+
+def unnamed_shards(folder: Path, weight_map: dict[str, str]) -> list[str]:
+    """Say which files are named like shards, yet not in the index: their weights would be invented anew."""
+    named = set(weight_map.values())
+    return [f"{p.name} is not in the index" for p in sorted(folder.glob(SHARD_NAMES)) if p.name not in named]
 
 
 def no_weights(folder: Path) -> LoralineError:

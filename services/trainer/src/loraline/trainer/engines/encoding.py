@@ -59,8 +59,8 @@ class ChatEncoder:
             template = template.get("default")
         if not isinstance(template, str) or not template.strip():
             message = (
-                "The base model's tokenizer has no chat template, so nobody knows how a conversation is written for it. "
-                "Take an instruct model, or put a chat_template.jinja into the model's folder."
+                "The base model's tokenizer has no chat template, so nobody knows how conversations are written for it. "
+                "Take an instruct model, or put a chat_template.jinja beside its weights."
             )
             raise failed_precondition("CHAT_TEMPLATE_MISSING", message)
         if not self.tokenizer.is_fast:
@@ -165,11 +165,13 @@ class ChatEncoder:
 
 def eos_ids_of(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Iterable[int] | None) -> frozenset[int]:
     """Return every id that ends an answer. Raises INVALID_ARGUMENT (EOS_MISSING) when there is none."""
-    ids = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set(tokenizer.eos_token_id or ())
-    if isinstance(generation_eos, int):
-        ids.add(generation_eos)
-    elif generation_eos is not None:
-        ids.update(generation_eos)
+    own: Any = tokenizer.eos_token_id
+    ids: set[int] = set()
+    for value in (own, generation_eos):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(value)
     if not ids:
         message = "The base model has no end-of-sequence token, so answers would never end. Set eos_token."
         raise invalid_argument("EOS_MISSING", message, base_model="has no eos_token")

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUANTIZED = {"nf4", "int8"}
+# Weights take about their size on disk; activations, adapter and optimizer need room beside them.
+_SHARE_FOR_WEIGHTS = 0.6
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def _automatic(dtype: str, folder: Path, *, gpu: bool) -> Precision:
         return Precision(dtype, "none", "none: there is no GPU whose memory would need it")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free, _ = torch.cuda.mem_get_info()
-    # Weights take about their size on disk; activations, adapter and optimizer need room beside them.
-    if size < 0.6 * free:
+    if size < _SHARE_FOR_WEIGHTS * free:
         return Precision(dtype, "none", f"none: {size / 1e9:.1f} GB of weights fit {free / 1e9:.1f} GB of GPU memory")
     missing = _quantization_problem()
     if missing:
@@ -130,7 +131,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_rows: int) -> Non
     """Refuse a tokenizer with ids that the model has no embedding for."""
     if vocab_rows and len(tokenizer) > vocab_rows:
         message = (
-            f"The tokenizer knows {len(tokenizer)} tokens, the model has embeddings for {vocab_rows}: they do not belong "
-            "together. Take the tokenizer that came with the model."
+            f"The tokenizer knows {len(tokenizer)} tokens, the model has embeddings for {vocab_rows}: they do not "
+            "belong together. Take the tokenizer that came with the model."
         )
         raise invalid_argument("VOCABULARY_MISMATCH", message, base_model="tokenizer and model differ")

@@ -150,8 +150,8 @@ def _teaches(row: EncodedRow, eos_ids: frozenset[int]) -> bool:
 def _eos_not_learned(encoder: ChatEncoder) -> LoralineError:
     names = ", ".join(sorted(map(str, encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.eos_ids)))))
     message = (
-        f"No row teaches an end-of-sequence token ({names}): the chat template ends answers with something else, so the "
-        "tuned model would never stop. Put the token behind the answer in the template, set the template's own end "
+        f"No row teaches an end-of-sequence token ({names}): the chat template ends answers with something else, so "
+        "the tuned model would never stop. Put the token behind the answer in the template, set the template's own end "
         "token as eos_token_id in generation_config.json, or set parameters.allow_unlearned_eos."
     )
     return failed_precondition("EOS_NOT_LEARNED", message)

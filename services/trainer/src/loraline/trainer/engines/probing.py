@@ -64,7 +64,7 @@ def _prompts(
     train: Sequence[EncodedRow], validation: Sequence[EncodedRow], seed: int
 ) -> list[tuple[str, Messages, str | None]]:
     """Return (name, prompt, the row's answer or None for a greedy one)."""
-    generator = random.Random(f"probes:{seed}")
+    generator = random.Random(f"probes:{seed}")  # noqa: S311  (a draw, no secret)
     chosen: list[tuple[str, Messages, str | None]] = []
     for kind, rows, count in (("train", train, _TRAIN_PROBES), ("validation", validation, _VALIDATION_PROBES)):
         unique = list({row.source: row for row in rows}.values())

@@ -21,7 +21,8 @@ from loraline.trainer.spec import LoraSpec, TrainingSpec
 from peft import LoraConfig, prepare_model_for_kbit_training
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 
 @dataclass(frozen=True)
@@ -230,9 +231,9 @@ def _tokens_seen(trainer: _Trainer, data: PreparedData, spec: TrainingSpec) -> i
 
 def _out_of_memory(spec: TrainingSpec) -> LoralineError:
     message = (
-        f"Memory ran out. In this order: lower parameters.max_length (now {spec.max_length}), lower parameters.batch_size "
-        f"(now {spec.batch_size}) and raise parameters.grad_accum by as much, set parameters.gradient_checkpointing, set "
-        "parameters.quantization to QUANTIZATION_NF4."
+        f"Memory ran out. In this order: lower parameters.max_length (now {spec.max_length}), lower "
+        f"parameters.batch_size (now {spec.batch_size}) and raise parameters.grad_accum by as much, set parameters.gradient_checkpointing, "
+        "set parameters.quantization to QUANTIZATION_NF4."
     )
     return resource_exhausted("OUT_OF_MEMORY", message)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from loraline.api.inference.v1 import inference_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.output import Output, age_text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.output import Output, age_text, size_text

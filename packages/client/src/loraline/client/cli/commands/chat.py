@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
+from rich.columns import Columns
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
 from loraline.api.inference.v1 import inference_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.failures import CommandFailed, exit_code, tell
@@ -16,10 +21,6 @@ from loraline.client.cli.output import Output, clean
 from loraline.client.errors import LoralineApiError
 from loraline.client.resources.inference import Answer, collect
 from loraline.client.sync import Loraline
-from rich.columns import Columns
-from rich.live import Live
-from rich.panel import Panel
-from rich.text import Text
 
 COMMANDS = """/help                this list
 /reset               forget the conversation

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+
 from loraline.api.job.v1 import job_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.failures import FAILED, CommandFailed, tell
@@ -113,7 +114,11 @@ def show(output: Output, job: job_pb2.Job) -> None:
         output.data(job)
         return
     result = as_data(job.result) if job.HasField("result") else {}
-    plain = {key: value for key, value in result.items() if isinstance(value, int | float | str) and key != "type"}
+    plain = {
+        key: value
+        for key, value in result.items()
+        if value != "" and isinstance(value, int | float | str) and key != "type"
+    }
     output.pairs(
         [
             ("name", job.name),

@@ -6,6 +6,7 @@ import re
 from typing import Annotated
 
 import typer
+
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.commands.artifacts import write_table

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from loraline.client.cli.app import App, Invocation, invocation
 from loraline.client.cli.commands.jobs import next_for
 from loraline.client.cli.failures import FAILED, INTERRUPTED, CommandFailed, exit_code, tell

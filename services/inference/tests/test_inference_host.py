@@ -1,0 +1,322 @@
+"""The engine's life: replacing, failing, dying, coming back. Repeats on an engine that only counts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import pytest_asyncio
+from prometheus_client import CollectorRegistry
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.trainer.v1.trainer_pb2 import BaseModel
+from loraline.core.artifacts.refs import parse_ref
+from loraline.core.config import CoreSettings
+from loraline.core.errors import LoralineError
+from loraline.core.evidence.probes import load_probes
+from loraline.core.serving.component import Platform
+from loraline.core.serving.opening import open_platform
+from loraline.inference.config import InferenceSettings
+from loraline.inference.engines.choice import EngineChoice, choose
+from loraline.inference.engines.port import (
+    EngineDead,
+    EngineFacts,
+    EngineOptions,
+    EngineRefused,
+    EngineRequest,
+    Piece,
+    Sampling,
+)
+from loraline.inference.generation import Generation, Question
+from loraline.inference.host import ModelHost
+from loraline.inference.metrics import InferenceMetrics
+
+ADAPTER, MODEL = artifact_pb2.ARTIFACT_KIND_ADAPTER, artifact_pb2.ARTIFACT_KIND_MODEL
+
+
+class CountingEngine:
+    """Answers `0 1 2 …`; its log-probabilities are those that the adapters' probes ask for."""
+
+    started: ClassVar[list[CountingEngine]] = []
+    fail_folder: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, dict[tuple[int, ...], list[float]]] = {"": {}}
+        self.most = 0
+        self.alive = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        CountingEngine.started.append(self)
+
+    @property
+    def facts(self) -> EngineFacts:
+        return EngineFacts("transformers", "0", "cpu", "float32", 512, 400, 16, 2)
+
+    async def start(self, model_folder: Path, options: EngineOptions) -> None:
+        if self.fail_folder and self.fail_folder in str(model_folder):
+            raise RuntimeError("CUDA error: out of memory")
+        self.alive = True
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece, None]:
+        if request.adapter not in self.adapters:
+            raise EngineRefused(f"adapter {request.adapter} is not loaded")
+        for number in itertools.count():
+            await self.gate.wait()
+            await asyncio.sleep(0)
+            if not self.alive:
+                raise EngineDead("killed")
+            last = number + 1 == request.sampling.max_tokens
+            yield Piece(0, f"{number} ", [number], "length" if last else "")
+            if last:
+                return
+
+    async def load_adapter(self, internal_name: str, folder: Path) -> None:
+        probes = load_probes(folder).probes
+        self.adapters[internal_name] = {(*p.prompt_ids, *p.response_ids): p.adapter_logprobs for p in probes}
+        self.adapters[""].update({(*p.prompt_ids, *p.response_ids): p.base_logprobs for p in probes})
+        self.most = max(self.most, len(self.adapters) - 1)
+
+    async def unload_adapter(self, internal_name: str) -> None:
+        del self.adapters[internal_name]
+
+    async def logprobs(self, ids: Sequence[int], adapter: str = "") -> list[float]:
+        figures = self.adapters[adapter][tuple(ids)]
+        return [math.nan] * (len(ids) - 1 - len(figures)) + figures
+
+    async def healthy(self) -> bool:
+        return self.alive
+
+    async def stop(self) -> None:
+        self.alive = False
+
+
+class CountingChoice(EngineChoice):
+    def create(self) -> Any:
+        return CountingEngine()
+
+
+@pytest.fixture
+def platform(tmp_path: Path, toy: Any) -> Any:
+    CountingEngine.started, CountingEngine.fail_folder = [], ""
+    platform = open_platform(CoreSettings(data_dir=tmp_path / "data"))
+    platform.library.publish(MODEL, "toy", toy.model)
+    yield platform
+    platform.database.close()
+
+
+MakeHost = Callable[..., ModelHost]
+
+
+@pytest_asyncio.fixture
+async def make_host(platform: Platform) -> AsyncIterator[MakeHost]:
+    hosts: list[ModelHost] = []
+
+    def make(chosen: Any = None, **settings: Any) -> ModelHost:
+        values = {"max_loaded_adapters": 2, "alias_cache_seconds": 0, "restart_backoff_seconds": 0.05, **settings}
+        host = ModelHost(
+            InferenceSettings(**values),
+            platform.settings,
+            platform.library,
+            InferenceMetrics(CollectorRegistry()),
+            chosen or (lambda _: CountingChoice("transformers", "test")),
+        )
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        await host.stop()
+
+
+TOY = BaseModel(artifact=parse_ref("model/toy:v1"))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def answer(host: ModelHost, model: str = "", tokens: int = 3) -> str:
+    generation = Generation(host, host.settings, InferenceMetrics(CollectorRegistry()))
+    async with generation.answer(Question(model, Sampling(max_tokens=tokens), prompt="Hello")) as running:
+        async for _ in running.pieces():
+            pass
+        return running.figures.text()
+
+
+async def test_model_and_adapters_come_back_after_a_restart(make_host: MakeHost, platform: Platform, toy: Any) -> None:
+    first = make_host()
+    await first.start()
+    assert "No model is loaded" in first.why_not_ready
+    await first.load_model(TOY, "harbour")
+    await first.load_adapter(platform.library.publish(ADAPTER, "mareva", toy.adapters["mareva"]).ref)
+    await first.stop()
+    second = make_host()
+    await second.start()
+    await until(lambda: not second.why_not_ready and len(second.serving().adapters.list()) == 1)
+    assert second.serving().name == "harbour"
+    assert second.serving().adapters.list()[0].name == "mareva:v1"
+
+
+async def test_replacing_waits_for_requests_in_flight(make_host: MakeHost, platform: Platform, toy: Any) -> None:
+    host = make_host()
+    await host.load_model(TOY)
+    engine = CountingEngine.started[-1]
+    engine.gate.clear()
+    running = asyncio.create_task(answer(host))
+    await asyncio.sleep(0.05)
+    replacing = asyncio.create_task(host.load_model(TOY, "other"))
+    await until(lambda: host.why_not_ready.startswith("Loading"))
+    with pytest.raises(LoralineError) as caught:
+        await answer(host)
+    assert (caught.value.reason, caught.value.retry_after is not None) == ("MODEL_NOT_READY", True)
+    assert not replacing.done()
+    engine.gate.set()
+    assert await running == "0 1 2 "
+    assert (await replacing).name == "other"
+    assert not engine.alive
+    assert await answer(host) == "0 1 2 "
+
+
+async def test_requests_that_never_end_are_cut_after_the_drain(make_host: MakeHost) -> None:
+    host = make_host(drain_seconds=0.1)
+    await host.load_model(TOY)
+    CountingEngine.started[-1].gate.clear()
+    running = asyncio.create_task(answer(host))
+    await asyncio.sleep(0.05)
+    await host.load_model(TOY, "other")
+    CountingEngine.started[0].gate.set()
+    with pytest.raises(LoralineError) as caught:
+        await running
+    assert caught.value.reason == "ENGINE_DEAD"
+
+
+async def test_failed_load_goes_back_to_the_model_before(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
+) -> None:
+    host = make_host()
+    await host.load_model(TOY)
+    await host.load_adapter(platform.library.publish(ADAPTER, "mareva", toy.adapters["mareva"]).ref)
+    copy = Path(shutil.copytree(toy.model, tmp_path / "bigmodel"))
+    (copy / "note.txt").write_text("another digest")
+    big = platform.library.publish(MODEL, "big", copy).ref
+    CountingEngine.fail_folder = "big"
+    with pytest.raises(LoralineError) as caught:
+        await host.load_model(BaseModel(artifact=big))
+    assert caught.value.reason == "MODEL_LOAD_FAILED"
+    assert "out of memory" in caught.value.message
+    assert host.why_not_ready == ""
+    assert await answer(host, "mareva") == "0 1 2 "
+    assert host.serving().name == "toy"
+
+
+async def test_dead_engine_is_started_again_with_its_adapters(
+    make_host: MakeHost, platform: Platform, toy: Any
+) -> None:
+    host = make_host()
+    await host.start()
+    await host.load_model(TOY)
+    await host.load_adapter(platform.library.publish(ADAPTER, "mareva", toy.adapters["mareva"]).ref)
+    engine = CountingEngine.started[-1]
+    engine.gate.clear()
+    running = asyncio.create_task(answer(host))
+    await asyncio.sleep(0.02)
+    engine.alive = False
+    engine.gate.set()
+    with pytest.raises(LoralineError) as caught:
+        await running
+    assert caught.value.reason == "ENGINE_DEAD"
+    await until(lambda: CountingEngine.started[-1] is not engine and not host.why_not_ready)
+    assert await answer(host, "mareva") == "0 1 2 "
+
+
+async def test_least_recently_used_adapters_swap_under_the_limit(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
+) -> None:
+    names = ["mareva", "selkie", "third"]
+    folders = [toy.adapters["mareva"], toy.adapters["selkie"]]
+    folders.append(Path(shutil.copytree(folders[0], tmp_path / "third")))
+    (folders[2] / "note.txt").write_text("another digest")
+    for name, folder in zip(names, folders, strict=True):
+        platform.library.publish(ADAPTER, name, folder)
+    host = make_host()
+    await host.load_model(TOY)
+    engine = CountingEngine.started[-1]
+    for number in range(60):
+        assert await answer(host, names[number % 3]) == "0 1 2 "
+    assert engine.most <= 3  # two places, and the newcomer while it is proven
+    assert sum(adapter.resident for adapter in host.serving().adapters.list()) == 2
+    # All places busy: refused with a time to come back, and the newcomer is taken out again.
+    engine.gate.clear()
+    busy = [asyncio.create_task(answer(host, name)) for name in names[:2]]
+    await asyncio.sleep(0.2)
+    with pytest.raises(LoralineError) as caught:
+        await answer(host, "third")
+    assert (caught.value.reason, caught.value.retry_after is not None) == ("ADAPTER_PLACES_BUSY", True)
+    engine.gate.set()
+    assert await asyncio.gather(*busy) == ["0 1 2 "] * 2
+    assert len(engine.adapters) - 1 == 2
+    assert await answer(host, "third") == "0 1 2 "
+
+
+async def test_no_engine_installed_is_not_ready_with_the_remedy(make_host: MakeHost) -> None:
+    host = make_host(lambda wanted: choose(wanted, lambda _: False))
+    await host.start()
+    assert "loraline-inference[transformers]" in host.why_not_ready
+    with pytest.raises(LoralineError) as caught:
+        await host.load_model(TOY)
+    assert caught.value.reason == "ENGINE_NOT_INSTALLED"
+
+
+async def test_adapter_without_evidence_is_refused_unless_allowed(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
+) -> None:
+    bare = Path(shutil.copytree(toy.adapters["mareva"], tmp_path / "bare"))
+    (bare / "token_receipt.json").unlink()
+    half = platform.library.publish(ADAPTER, "half", bare).ref
+    (bare / "probes.json").unlink()
+    ref = platform.library.publish(ADAPTER, "bare", bare).ref
+    plain = lambda _: choose("transformers")  # noqa: E731
+    host = make_host(plain)
+    await host.load_model(TOY)
+    for adapter, reason in ((half, "TOKEN_RECEIPT_MISSING"), (ref, "NO_EVIDENCE")):
+        with pytest.raises(LoralineError) as caught:
+            await host.load_adapter(adapter)
+        assert caught.value.reason == reason
+    await host.stop()
+    lenient = make_host(plain, require_proof=False)
+    await lenient.load_model(TOY)
+    proof = (await lenient.load_adapter(ref)).proof
+    assert proof.max_abs_diff_from_base > 0.05
+    assert proof.receipt_rows_matched == 0
+
+
+async def test_merged_models_are_proven_against_the_adapter(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter, good, wrong = toy.adapters["mareva"], tmp_path / "good", tmp_path / "wrong"
+    shutil.copytree(toy.model, good)
+    merged: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy.model), adapter)
+    merged.merge_and_unload().save_pretrained(good)
+    shutil.copytree(toy.model, wrong)  # the base under the merged model's name
+    for folder in (good, wrong):
+        for name in ("probes.json", "token_receipt.json"):
+            shutil.copy(adapter / name, folder / name)
+    host = make_host(lambda _: choose("transformers"))
+    serving = await host.load_model(BaseModel(artifact=platform.library.publish(MODEL, "good", good).ref))
+    assert serving.proof is not None
+    assert serving.proof.mean_abs_diff_from_trainer < 1e-4
+    with pytest.raises(LoralineError) as caught:
+        await host.load_model(BaseModel(artifact=platform.library.publish(MODEL, "wrong", wrong).ref))
+    assert caught.value.reason == "PROOF_FAILED"
+    assert host.serving().name == "good"

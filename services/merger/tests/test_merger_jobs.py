@@ -1,0 +1,222 @@
+"""The stage as a server runs it: calls over gRPC, jobs in their own processes, artifacts out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+import torch
+import transformers
+from prometheus_client import generate_latest
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.job.v1 import job_pb2, job_pb2_grpc
+from loraline.api.merger.v1 import merger_pb2, merger_pb2_grpc
+from loraline.core.artifacts.refs import format_ref
+from loraline.core.config import CoreSettings
+from loraline.core.errors import LoralineError
+from loraline.core.serving.component import Platform
+from loraline.core.serving.opening import open_platform
+from loraline.core.serving.server import serve
+from loraline.merger.component import build
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+MODEL, ADAPTER = artifact_pb2.ARTIFACT_KIND_MODEL, artifact_pb2.ARTIFACT_KIND_ADAPTER
+
+
+@dataclass
+class Running:
+    platform: Platform
+    merger: Any
+    jobs: Any
+
+    async def wait(self, name: str, *states: int) -> job_pb2.Job:
+        wanted = states or (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
+        for _ in range(6000):
+            job = (await self.jobs.GetJob(job_pb2.GetJobRequest(name=name))).job
+            if job.state in wanted:
+                return job
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"{name} is {job.state}: {job.progress}")
+
+
+@asynccontextmanager
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    settings = CoreSettings(
+        data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics_listen="", auth="off", lease_seconds=3.0,
+        poll_seconds=0.1, allowed_paths=[tmp_path / "allowed"],
+    )  # fmt: skip
+    (tmp_path / "allowed").mkdir(exist_ok=True)
+    platform = open_platform(settings)
+    addresses: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(serve(settings, [build], platform=platform, ready=addresses.set_result))
+    try:
+        await asyncio.wait([server, addresses], return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        if server.done():
+            server.result()
+        async with grpc.aio.insecure_channel((await addresses).grpc) as channel:
+            yield Running(platform, merger_pb2_grpc.MergerServiceStub(channel), job_pb2_grpc.JobServiceStub(channel))
+    finally:
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
+
+
+def publish(platform: Platform, base: Path, adapter: Path) -> tuple[artifact_pb2.ArtifactRef, artifact_pb2.ArtifactRef]:
+    """Publish both as trainer and import would."""
+    model = platform.library.publish(MODEL, "tiny", base).ref
+    record = {"source": "artifact", "ref": format_ref(model), "digest": model.digest}
+    record["config_sha256"] = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    (adapter / "base_model.json").write_text(json.dumps(record))
+    return model, platform.library.publish(ADAPTER, "voice", adapter).ref
+
+
+def request(adapter: artifact_pb2.ArtifactRef, **fields: Any) -> merger_pb2.MergeRequest:
+    return merger_pb2.MergeRequest(
+        name="merged", adapters=[merger_pb2.WeightedAdapter(ref=adapter)], request_id="one", **fields
+    )
+
+
+async def test_merge_check_repair(tmp_path, make_base, make_adapter):
+    base = make_base("qwen2", torch.bfloat16, shard="20KB")
+    adapter = make_adapter(base)
+    async with running(tmp_path) as stage:
+        model, _ = publish(stage.platform, base, adapter)
+        latest = artifact_pb2.ArtifactRef(kind=ADAPTER, name="voice")
+        first = (await stage.merger.Merge(request(latest))).job
+        assert [format_ref(ref) for ref in first.inputs] == ["adapter/voice:v1"]
+        assert (await stage.merger.Merge(request(latest))).job.name == first.name
+        job = await stage.wait(first.name)
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
+        result = merger_pb2.MergeResult()
+        assert job.result.Unpack(result)
+        assert result.merge_path.startswith("streaming")
+        assert result.receipt_rows_matched == 3
+        assert result.merged_tensors == 6
+        assert all(row.within_bound for row in result.measurements)
+        assert not result.repairs
+        assert result.synced_files
+        artifact = stage.platform.library.get(result.model)
+        assert {format_ref(ref) for ref in artifact.inputs} == {"adapter/voice:v1", "model/tiny:v1"}
+        assert artifact.inputs[-1].digest == model.digest
+        folder = stage.platform.library.fetch(result.model)
+        assert {"merge_report.json", "README.md", "token_receipt.json", "probes.json"} <= {
+            p.name for p in folder.iterdir()
+        }
+        assert "adapter/voice:v1" in (folder / "README.md").read_text()
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+        location = merger_pb2.ModelLocation(artifact=result.model)
+        check = merger_pb2.CheckModelRequest(model=location, base_model=merger_pb2.ModelLocation(artifact=model))
+        done = await stage.wait((await stage.merger.CheckModel(check)).job.name)
+        found = merger_pb2.CheckModelResult()
+        assert done.result.Unpack(found), done.error
+        assert found.loadable
+        assert not found.findings
+        assert stage.platform.library.fetch(found.report).joinpath("report.json").exists()
+        metrics = generate_latest(stage.platform.registry).decode()
+        assert "loraline_merge_last_mean_kl_nats" in metrics
+        assert not any("/jobs/" in str(path) for path in (tmp_path / "data").glob("jobs/*/model"))
+
+
+async def test_check_and_repair_by_path(tmp_path, make_base):
+    base = make_base("llama")
+    async with running(tmp_path) as stage:
+        target = tmp_path / "allowed" / "broken"
+        base.rename(target)
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**config, "vocab_size": 999}))
+        location = merger_pb2.ModelLocation(path=str(target))
+        check = await stage.merger.CheckModel(merger_pb2.CheckModelRequest(model=location))
+        found = merger_pb2.CheckModelResult()
+        assert (await stage.wait(check.job.name)).result.Unpack(found)
+        assert [finding.code for finding in found.findings] == ["VOCAB_SIZE_MISMATCH"]
+        assert not found.loadable
+        repair = await stage.merger.RepairModel(merger_pb2.RepairModelRequest(name="mended", model=location))
+        mended = merger_pb2.RepairModelResult()
+        done = await stage.wait(repair.job.name)
+        assert done.result.Unpack(mended), done.error
+        assert [finding.code for finding in mended.repaired] == ["VOCAB_SIZE_MISMATCH"]
+        folder = stage.platform.library.fetch(mended.model)
+        assert json.loads((folder / "config.json").read_text())["vocab_size"] == 320
+        assert json.loads((target / "config.json").read_text())["vocab_size"] == 999
+        outside = merger_pb2.CheckModelRequest(model=merger_pb2.ModelLocation(path=str(tmp_path / "data")))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stage.merger.CheckModel(outside)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
+    base = make_base("llama", torch.bfloat16)
+    adapter = make_adapter(base)
+    other = make_base("llama", torch.bfloat16, name="other", seed=9)
+    async with running(tmp_path) as stage:
+        _, voice = publish(stage.platform, base, adapter)
+        foreign = stage.platform.library.publish(MODEL, "other", other).ref
+        job = await stage.wait((await stage.merger.Merge(request(voice, base_model=foreign))).job.name)
+        error = LoralineError.from_status(job.error)
+        assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_OF_ANOTHER_BASE")
+        strict = request(voice, max_abs_logprob_diff=1e-6)
+        strict.request_id = "two"
+        job = await stage.wait((await stage.merger.Merge(strict)).job.name)
+        error = LoralineError.from_status(job.error)
+        assert error.reason == "MERGE_CHANGED_MODEL"
+        assert float(error.metadata["max_abs_logprob_diff"]) > 1e-6
+        for wrong in (
+            request(voice, merge_base=merger_pb2.MERGE_BASE_DEQUANTIZED),
+            request(voice, combine=merger_pb2.COMBINE_METHOD_TIES),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stage.merger.Merge(wrong)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        export = merger_pb2.ExportModelRequest(name="x", model=foreign, format=merger_pb2.EXPORT_FORMAT_OLLAMA)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stage.merger.ExportModel(export)
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
+
+
+async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter, monkeypatch):
+    # Many small shards, each written slowly enough to be killed in the middle.
+    base = make_base("llama", torch.float32, shard="9KB", num_hidden_layers=8)
+    adapter = make_adapter(base)
+    async with running(tmp_path) as stage:
+        _, voice = publish(stage.platform, base, adapter)
+        job = (await stage.merger.Merge(request(voice))).job
+        out = tmp_path / "data" / "jobs" / job.name
+        pid = await process_with_a_shard(out)
+        os.kill(pid, signal.SIGKILL)
+        done = await stage.wait(job.name)
+        assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error
+        assert done.attempt == 2
+        events = await stage.platform.jobs.events(job.name)
+        assert any(event.note.reason == "SHARD_RESUMED" for event in events)
+        assert len(stage.platform.library.list(kind=MODEL, name="merged")[0]) == 1
+
+
+async def process_with_a_shard(workdir: Path) -> int:
+    """Wait until the job's process has finished a shard, and return its id."""
+    for _ in range(60000):
+        if list(workdir.glob("model/*.safetensors")):
+            for entry in Path("/proc").iterdir():
+                if entry.name.isdigit() and holds(entry, workdir.name):
+                    return int(entry.name)
+        await asyncio.sleep(0.005)
+    raise AssertionError("the job wrote no shard")
+
+
+def holds(process: Path, job: str) -> bool:
+    try:
+        links = [str(link.readlink()) for link in (process / "fd").iterdir()]
+        return b"loraline.core.jobs.child" in (process / "cmdline").read_bytes() and any(job in link for link in links)
+    except OSError:
+        return False

@@ -1,0 +1,287 @@
+"""What the trainer's jobs do in their own process: fetch inputs, run an engine, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import json_format
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.job.v1 import job_pb2
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.artifacts.refs import format_ref
+from loraline.core.errors import failed_precondition
+from loraline.core.jobs.context import JobContext
+from loraline.core.jobs.handlers import StopRequested
+from loraline.core.jobs.sql_table import open_table
+from loraline.trainer import hub
+from loraline.trainer.base_models import ResolvedBase, resolve_base
+from loraline.trainer.config import TrainerSettings
+from loraline.trainer.results import receipt_summary, train_result
+from loraline.trainer.rows import LoadedDataset, load_dataset
+from loraline.trainer.spec import not_servable, servability_problems, training_spec
+
+if TYPE_CHECKING:
+    from loraline.trainer.engines.training import FinishedRun
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
+RUN_LABEL = "run"
+"""Label that every training job carries: the name of its run."""
+_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
+
+
+class ContextObserver:
+    """Passes what the engine reports on to the job."""
+
+    def __init__(self, context: JobContext):
+        self.context = context
+
+    def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
+        """Report a step."""
+        message = f"step {step}/{total}"
+        if "loss" in metrics:
+            message += f", loss {metrics['loss']:.3f}"
+        if "token_accuracy" in metrics:
+            message += f", token accuracy {metrics['token_accuracy']:.3f}"
+        self.context.progress(
+            step=step, total_steps=total, eta_seconds=eta_seconds, message=message, unit="step", metrics=metrics
+        )
+
+    def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
+        """Add an event."""
+        self.context.note(message, severity=severity, reason=reason)
+
+    @property
+    def stop_cause(self) -> str:
+        """Why the job shall stop."""
+        return self.context.stop_cause
+
+
+def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
+    """Run a training job and publish the adapter."""
+    settings = _start()
+    spec = training_spec(request)
+    if request.existing_run == pb.EXISTING_RUN_POLICY_OVERWRITE:
+        _drop_earlier_checkpoints(context, request.name)
+    datasets, references = _datasets(context, request)
+    base = _base(context, settings, request.base_model)
+    context.check_stop()
+    context.progress(message="loading libraries", unit="step")
+    from loraline.trainer.engines import training
+
+    inputs = training.RunInputs(
+        name=request.name,
+        base=base,
+        datasets=datasets,
+        validation_fraction=request.validation_fraction,
+        dataset_names=[format_ref(reference) for reference in references],
+    )
+    _check_servable(request, base)
+    finished = training.run(inputs, spec, context.workdir, ContextObserver(context))
+    if finished is None:
+        context.check_stop()
+        raise StopRequested("handover")
+    adapter = _publish_adapter(context, request, base, references, finished)
+    return train_result(finished, adapter.ref, base.model)
+
+
+def import_model(context: JobContext, request: pb.ImportModelRequest) -> pb.ModelResult:
+    """Bring a base model into the store: config, tokenizer and safetensors weights, nothing that could run code."""
+    settings = _start()
+    base = _base(context, settings, request.source)
+    folder = context.workdir / "model"
+    _copy_model(context, base, folder)
+    parameters = _count_parameters(folder)
+    inputs = [base.model.artifact] if base.model.HasField("artifact") else []
+    artifact = context.publish(
+        artifact_pb2.ARTIFACT_KIND_MODEL,
+        request.name,
+        folder,
+        inputs=inputs,
+        settings=_as_dict(request.source),
+        facts={"parameters": parameters, "source": base.label, "revision": base.model.revision},
+        library_versions=_versions(),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return pb.ModelResult(model=artifact.ref, parameters=parameters, revision=base.model.revision)
+
+
+def create_tiny_model(context: JobContext, request: pb.CreateTinyModelRequest) -> pb.ModelResult:
+    """Make the toy base and publish it."""
+    _start()
+    from loraline.trainer.tiny.texts import folder_texts
+
+    texts = [text for reference in request.tokenizer_texts for text in folder_texts(context.fetch(reference))]
+    context.check_stop()
+    context.progress(message="loading libraries", unit="step")
+    from loraline.trainer.engines.tiny_model import TinyModelSettings
+    from loraline.trainer.engines.tiny_model import create_tiny_model as create
+
+    defaults = TinyModelSettings()
+    settings = TinyModelSettings(
+        steps=request.steps or defaults.steps,
+        vocab_size=request.vocab_size or defaults.vocab_size,
+        seed=request.seed,
+    )
+
+    def report(step: int, total: int, loss: float) -> None:
+        message = f"pretraining step {step}/{total}, loss {loss:.3f}"
+        context.progress(step=step, total_steps=total, message=message, unit="step", metrics={"loss": loss})
+        context.check_stop()
+
+    folder = context.workdir / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    made = create(folder, settings, extra_texts=texts, report=report)
+    artifact = context.publish(
+        artifact_pb2.ARTIFACT_KIND_MODEL,
+        request.name or "tiny",
+        folder,
+        inputs=list(request.tokenizer_texts),
+        settings={"steps": settings.steps, "vocab_size": settings.vocab_size, "seed": settings.seed},
+        facts={"parameters": made.parameters, "final_loss": made.final_loss, "architecture": "Qwen2ForCausalLM"},
+        library_versions=_versions(),
+    )
+    return pb.ModelResult(model=artifact.ref, parameters=made.parameters, final_loss=made.final_loss)
+
+
+def _start() -> TrainerSettings:
+    """Set what libraries read when they are loaded, and return the stage's settings."""
+    settings = TrainerSettings()
+    if settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    # Threads that spin while they wait take the cores from the servers on the same machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return settings
+
+
+def _base(context: JobContext, settings: TrainerSettings, model: pb.BaseModel) -> ResolvedBase:
+    return resolve_base(
+        model,
+        fetch=context.fetch,
+        allowed_paths=[*context.settings.allowed_paths, *settings.models_dirs],
+        remote_code=context.settings.allow_remote_code,
+        download=lambda hub_id, revision: hub.download(
+            hub_id, revision, timeout=settings.hub_timeout_seconds, code=model.trust_remote_code
+        ),
+    )
+
+
+def _datasets(
+    context: JobContext, request: pb.TrainRequest
+) -> tuple[list[LoadedDataset], list[artifact_pb2.ArtifactRef]]:
+    several = len(request.datasets) > 1
+    loaded, references = [], []
+    for dataset in request.datasets:
+        label = f"{format_ref(dataset.ref)}/" if several else ""
+        loaded.append(load_dataset(context.fetch(dataset.ref), weight=dataset.weight, label=label))
+        references.append(dataset.ref)
+    return loaded, references
+
+
+def _check_servable(request: pb.TrainRequest, base: ResolvedBase) -> None:
+    """Check the contract again, now that the base's vocabulary is known."""
+    from loraline.trainer.engines.loading import model_limits
+
+    _, vocab_size = model_limits(base.folder, remote_code=base.trust_remote_code)
+    problems = servability_problems(request, vocab_size=vocab_size)
+    if problems:
+        raise not_servable(problems)
+
+
+def _drop_earlier_checkpoints(context: JobContext, run: str) -> None:
+    """Delete the checkpoints of the run's ended jobs on this machine."""
+    jobs, _ = open_table(context.database).page(
+        kind_prefix="trainer.train", states=_ENDED, labels={RUN_LABEL: run}, page_size=500
+    )
+    for job in jobs:
+        folder = context.settings.data_dir / "jobs" / job.name / "checkpoints"
+        if job.name != context.job and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            context.note(f"deleted the checkpoints of {job.name}", reason="CHECKPOINTS_DELETED")
+
+
+def _publish_adapter(
+    context: JobContext,
+    request: pb.TrainRequest,
+    base: ResolvedBase,
+    references: list[artifact_pb2.ArtifactRef],
+    finished: FinishedRun,
+) -> artifact_pb2.Artifact:
+    inputs = [*references, *([base.model.artifact] if base.model.HasField("artifact") else [])]
+    facts: dict[str, Any] = {
+        "rank": request.parameters.lora.r,
+        "target_modules": finished.target_modules,
+        "base_model": base.label,
+        "final_loss": finished.figures["loss"],
+        "token_accuracy": finished.figures["token_accuracy"],
+        "rows": finished.receipt.counts.rows,
+        "quantization": finished.precision.quantization,
+        "dtype": finished.precision.dtype,
+        "receipt": json_format.MessageToDict(receipt_summary(finished.receipt)),
+    }
+    if "eval_loss" in finished.figures:
+        facts["eval_loss"] = finished.figures["eval_loss"]
+    return context.publish(
+        artifact_pb2.ARTIFACT_KIND_ADAPTER,
+        request.name,
+        finished.folder,
+        inputs=inputs,
+        settings=_as_dict(request),
+        facts=facts,
+        library_versions=_versions(),
+    )
+
+
+def _copy_model(context: JobContext, base: ResolvedBase, folder: Path) -> None:
+    """Copy the files of a model folder that belong to a model; links are followed, code and pickles left out."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    patterns = [*hub.PATTERNS, "*.py"] if base.trust_remote_code else hub.PATTERNS
+    names = {file.name for pattern in patterns for file in base.folder.glob(pattern) if file.is_file()}
+    for count, name in enumerate(sorted(names - {"manifest.json"}), start=1):
+        context.check_stop()
+        shutil.copyfile(base.folder / name, folder / name)
+        context.progress(step=count, total_steps=len(names), message=f"copied {name}", unit="file")
+    left = sorted(file.name for file in base.folder.iterdir() if file.is_file() and file.name not in names)
+    if left:
+        context.note(f"left out: {', '.join(left[:20])}", reason="FILES_LEFT_OUT")
+
+
+def _count_parameters(folder: Path) -> int:
+    """Count weights from the safetensors headers."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as weights:  # type: ignore[no-untyped-call]
+                for name in weights.keys():  # noqa: SIM118  (not a dict)
+                    count = 1
+                    for size in weights.get_slice(name).get_shape():
+                        count *= size
+                    total += count
+        except (SafetensorError, OSError) as error:
+            message = f"{file.name} is no readable safetensors file ({error}). Fetch it again."
+            raise failed_precondition("MODEL_UNREADABLE", message, file=file.name) from error
+    return total
+
+
+def _as_dict(message: Any) -> dict[str, Any]:
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,119 @@
+"""PlanRun: what can be checked about a run without torch and without loading a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from loraline.api.job.v1 import job_pb2
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.errors import LoralineError
+from loraline.core.serving.component import Platform
+from loraline.trainer.base_models import check_folder, local_folder, weight_files
+from loraline.trainer.config import TrainerSettings
+from loraline.trainer.rows import LoadedDataset, load_dataset, mix
+from loraline.trainer.runs import refuse_existing
+from loraline.trainer.spec import TrainingSpec, resolve, servability_problems, training_spec
+
+_RANKS = {job_pb2.SEVERITY_ERROR: 0, job_pb2.SEVERITY_WARNING: 1, job_pb2.SEVERITY_INFO: 2}
+_FEW_ROWS = 20
+
+
+def plan(
+    request: pb.TrainRequest, platform: Platform, settings: TrainerSettings, jobs: list[job_pb2.Job]
+) -> pb.PlanRunResponse:
+    """Return the checklist of a run; blocking."""
+    answer = pb.PlanRunResponse(resolved=resolve(request))
+    checks: list[pb.PlanCheck] = []
+    spec = _attempt(checks, "PARAMETERS", "The parameters are sound.", lambda: training_spec(request))
+    refusal = refuse_existing(answer.resolved, jobs)
+    checks.append(_from_error("RUN_NAME", refusal) if refusal else _passed("RUN_NAME", f"{request.name} is free."))
+    datasets = _attempt(checks, "DATASETS", "", lambda: _load(request, platform))
+    if datasets is not None and spec is not None:
+        checks.append(_count(datasets, request, spec, answer))
+    folder = _attempt(checks, "BASE_MODEL", "", lambda: _base_folder(request, platform, settings))
+    vocab = _measure(folder, answer, checks) if folder is not None else 0
+    problems = servability_problems(request, vocab_size=vocab)
+    if problems:
+        remedy = "Change the run, or the server's settings."
+        checks.append(_failed("SERVING_CONTRACT", "; ".join(problems), remedy))
+    elif request.HasField("serving_contract"):
+        checks.append(_passed("SERVING_CONTRACT", "The server described can serve the adapter."))
+    answer.checks.extend(sorted(checks, key=lambda check: (check.passed, _RANKS.get(check.severity, 3))))
+    answer.ok = all(check.passed or check.severity != job_pb2.SEVERITY_ERROR for check in checks)
+    return answer
+
+
+def _attempt(checks: list[pb.PlanCheck], code: str, success: str, work):
+    """Do the work and note a failure; a success is noted when there is something to say."""
+    try:
+        found = work()
+    except LoralineError as error:
+        checks.append(_from_error(code, error))
+        return None
+    if success:
+        checks.append(_passed(code, success))
+    return found
+
+
+def _load(request: pb.TrainRequest, platform: Platform) -> list[LoadedDataset]:
+    loaded = []
+    for dataset in request.datasets:
+        reference = platform.library.resolve(dataset.ref)
+        label = f"{reference.name}:v{reference.version}/" if len(request.datasets) > 1 else ""
+        loaded.append(load_dataset(platform.library.fetch(reference), weight=dataset.weight, label=label))
+    return loaded
+
+
+def _count(
+    datasets: list[LoadedDataset], request: pb.TrainRequest, spec: TrainingSpec, answer: pb.PlanRunResponse
+) -> pb.PlanCheck:
+    mixture = mix(datasets, validation_fraction=request.validation_fraction, seed=spec.seed)
+    rows = len(mixture.train)
+    an_epoch = max(1, math.ceil(math.ceil(rows / spec.batch_size) / spec.grad_accum))
+    answer.total_steps = spec.max_steps or max(1, math.ceil(spec.epochs * an_epoch))
+    message = (
+        f"{mixture.unique_rows} rows, {rows} an epoch with weights, {len(mixture.validation)} for validation, "
+        f"{answer.total_steps} steps."
+    )
+    check = _passed("DATASETS", message)
+    if mixture.unique_rows < _FEW_ROWS:
+        check.passed, check.severity = False, job_pb2.SEVERITY_WARNING
+        check.remedy = "So few rows are learned by heart rather than generalised; add rows."
+    return check
+
+
+def _base_folder(request: pb.TrainRequest, platform: Platform, settings: TrainerSettings) -> Path | None:
+    """Return the base's folder where it can be had without the Hub."""
+    base = request.base_model
+    source = base.WhichOneof("source")
+    if source == "artifact":
+        folder = platform.library.fetch(platform.library.resolve(base.artifact))
+    elif source == "path":
+        folder = local_folder(base.path, [*platform.settings.allowed_paths, *settings.models_dirs])
+    else:
+        return None
+    check_folder(folder, base.path or base.artifact.name)
+    return folder
+
+
+def _measure(folder: Path, answer: pb.PlanRunResponse, checks: list[pb.PlanCheck]) -> int:
+    """Fill in the weights' bytes and return the vocabulary's rows."""
+    size = sum((folder / name).stat().st_size for name in weight_files(folder, folder.name))
+    answer.memory_bytes["weights_on_disk"] = size
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    checks.append(_passed("BASE_MODEL", f"{config.get('model_type', 'model')}, {size / 1e6:.1f} MB of weights."))
+    return int(config.get("vocab_size") or 0)
+
+
+def _passed(code: str, message: str) -> pb.PlanCheck:
+    return pb.PlanCheck(code=code, severity=job_pb2.SEVERITY_INFO, passed=True, message=message)
+
+
+def _failed(code: str, message: str, remedy: str) -> pb.PlanCheck:
+    return pb.PlanCheck(code=code, severity=job_pb2.SEVERITY_ERROR, passed=False, message=message, remedy=remedy)
+
+
+def _from_error(code: str, error: LoralineError) -> pb.PlanCheck:
+    return _failed(f"{code}_{error.reason}", error.message, "")

@@ -1,0 +1,73 @@
+"""Runs as the contract shows them: a name with all its jobs, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.job.v1 import job_pb2
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.errors import LoralineError, already_exists, failed_precondition, unsupported
+from loraline.trainer import checkpoints
+
+_LIVE = {job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED}
+
+
+def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job]) -> LoralineError | None:
+    """Return why a run of this name cannot be started, given the jobs of that name; None when it can.
+
+    A request that was sent before is let through: the queue answers it with the job of then. Jobs that failed or were
+    cancelled published nothing and block nothing.
+    """
+    if request.request_id and any(job.request_id == request.request_id for job in jobs):
+        return None
+    live = next((job for job in jobs if job.state in _LIVE), None)
+    done = next((job for job in jobs if job.state == job_pb2.JOB_STATE_SUCCEEDED), None)
+    if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
+        return unsupported(
+            "existing_run EXISTING_RUN_POLICY_CONTINUE", "Resume the run's job with JobService.ResumeJob."
+        )
+    if request.existing_run in (pb.EXISTING_RUN_POLICY_OVERWRITE, pb.EXISTING_RUN_POLICY_BACKUP_AND_RESTART):
+        if live is None:
+            return None
+        state = job_pb2.JobState.Name(live.state).removeprefix("JOB_STATE_")
+        message = f"The run {request.name} has a job that is {state}: {live.name}. Cancel it before starting anew."
+        return failed_precondition("RUN_ACTIVE", message, job=live.name)
+    holder = live or done
+    if holder is None:
+        return None
+    message = (
+        f"The run {request.name} exists ({holder.name}). Choose existing_run: OVERWRITE deletes its checkpoints and "
+        "starts anew, BACKUP_AND_RESTART keeps them and starts anew; published versions of the adapter stay. "
+        "Or resume that job, or take another name."
+    )
+    return already_exists("RUN_EXISTS", message, job=holder.name, choices="OVERWRITE,BACKUP_AND_RESTART")
+
+
+def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path) -> pb.Run:
+    """Return a run from its jobs, newest first."""
+    newest = jobs[0]
+    run = pb.Run(name=name, job=newest.name, state=newest.state)
+    run.update_time.CopyFrom(newest.end_time if newest.HasField("end_time") else newest.create_time)
+    adapters = (ref for job in jobs for ref in job.outputs if ref.kind == artifact_pb2.ARTIFACT_KIND_ADAPTER)
+    adapter = next(adapters, None)
+    if adapter is not None:
+        run.adapter.CopyFrom(adapter)
+    run.checkpoints.extend(_checkpoints(data_dir / "jobs" / newest.name / "checkpoints"))
+    return run
+
+
+def _checkpoints(folder: Path) -> Iterable[pb.Checkpoint]:
+    """Return the sealed checkpoints on this machine, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / checkpoints.SEAL).is_file()]
+    for path in sorted(found, key=checkpoints.step_of, reverse=True):
+        state = checkpoints.trainer_state(path)
+        losses = [entry for entry in state.get("log_history", []) if "loss" in entry]
+        evaluations = [entry for entry in state.get("log_history", []) if "eval_loss" in entry]
+        checkpoint = pb.Checkpoint(step=checkpoints.step_of(path), epoch=float(state.get("epoch") or 0.0))
+        if losses:
+            checkpoint.loss = float(losses[-1]["loss"])
+        if evaluations:
+            checkpoint.eval_loss = float(evaluations[-1]["eval_loss"])
+        yield checkpoint
