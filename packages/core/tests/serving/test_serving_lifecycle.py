@@ -223,14 +223,24 @@ def test_run_says_what_listens_where_and_ends_on_sigterm(tmp_path):
         ({"LORALINE_AUTH": "off", "LORALINE_LISTEN": "0.0.0.0:0"}, "LORALINE_AUTH"),
         ({"LORALINE_AUTH": "maybe"}, "auth"),
         ({"LORALINE_STORE_URL": "ftp://x"}, "LORALINE_STORE_URL"),
+        (
+            {
+                "LORALINE_STORE_URL": "s3://bucket",
+                "LORALINE_S3_ENDPOINT": "127.0.0.1:1",
+                "LORALINE_S3_ACCESS_KEY": "a",
+                "LORALINE_S3_SECRET_KEY": "b",
+            },
+            "LORALINE_S3_ENDPOINT",
+        ),
+        ({"LORALINE_DATABASE_URL": "postgresql://u:hidden@127.0.0.1:1/x"}, "LORALINE_DATABASE_URL"),
         ({"LORALINE_TLS_CERT": "/nowhere.pem"}, "LORALINE_TLS_KEY"),
         ({"LORALINE_DATA_DIR": "/dev/null/x"}, "LORALINE_DATA_DIR"),
     ],
 )
 def test_a_start_that_fails_is_one_message(tmp_path, environment, words):
     process = start(tmp_path, **environment)
-    _, log = process.communicate(timeout=20)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     message = [line for line in log.splitlines() if line.startswith("loraline: ")]
     assert len(message) == 1 and words in message[0]
-    assert "Traceback" not in log
+    assert "Traceback" not in log and "hidden" not in log

@@ -34,7 +34,7 @@ class InferenceSettings(BaseSettings):
     """Adapters in the engine at once; the least recently used one makes room."""
     max_batch_adapters: int = Field(default=4, ge=1, le=256)
     """Adapters that one batch may mix."""
-    max_concurrent_requests: int = Field(default=64, ge=1)
+    max_concurrent_requests: int = Field(default=256, ge=1)
     """Sequences generated at once; more wait."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """KV cache on a CPU, in GiB (VLLM_CPU_KVCACHE_SPACE, when set, is stronger)."""

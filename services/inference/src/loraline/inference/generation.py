@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -17,6 +18,9 @@ from loraline.inference.engines.port import Constraint, EngineDead, EngineRefuse
 from loraline.inference.host import ModelHost, Target
 from loraline.inference.metrics import InferenceMetrics
 from loraline.inference.serving import engine_gone
+
+_LONG_PROMPT = 20_000
+"""Characters from which a prompt is tokenized in a thread."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Answer:
     def _why_empty(self, index: int) -> str:
         which = f"Answer {index} is empty" if self._request.sampling.n > 1 else "The answer is empty"
         if self.figures.finish[index] == "length":
-            return f"{which}: all its tokens are whitespace or special tokens. Does the model know this prompt format?"
+            return f"{which}: all its tokens are whitespace or special tokens. Is this the format it was trained on?"
         return (
             f"{which}: the model ended it at once. Check that the prompt ends with a question, and that the chat template "
             "is the one it was trained with; a stop text may also have come first."
@@ -184,7 +188,11 @@ class Generation:
         if question.messages:
             ids, name = await chat_format.prompt_ids(question.messages), "messages"
         elif isinstance(question.prompt, str):
-            ids, name = chat_format.encode(question.prompt), "prompt"
+            # Tokenizing megabytes takes seconds, which must not be the event loop's.
+            encode = chat_format.encode
+            long = len(question.prompt) > _LONG_PROMPT
+            ids = await asyncio.to_thread(encode, question.prompt) if long else encode(question.prompt)
+            name = "prompt"
         else:
             ids, name = list(question.prompt), "prompt"
             vocab = target.serving.engine.facts.vocab_size

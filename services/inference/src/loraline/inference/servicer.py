@@ -22,8 +22,8 @@ from loraline.inference.messages import (
     FINISH,
     adapter_message,
     base_message,
-    describe_engine,
     constraint_of,
+    describe_engine,
     sampling_of,
     timings_of,
     usage_of,
@@ -260,5 +260,6 @@ def _actor() -> str:
 
 def _page_begin(token: str) -> int:
     if token and not token.isdigit():
-        raise invalid_argument("PAGE_TOKEN_INVALID", "page_token is not one of this server's.", page_token="unknown")
+        message = "page_token is not one of this server's; leave it empty for the first page."
+        raise invalid_argument("PAGE_TOKEN_INVALID", message, page_token=message)
     return int(token or 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.artifacts.refs import format_ref

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import grpc
+
 from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README.md"]

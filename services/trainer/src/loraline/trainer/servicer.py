@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 
 import grpc.aio
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb

@@ -20,6 +20,7 @@ from loraline.core.errors import invalid_argument
 PART_SIZE = 16 * 1024 * 1024
 _MAX_PARTS = 10_000  # S3's own limit
 _TRIES = 3
+_PIECE = 256 * 1024
 
 
 class Buffers:
@@ -181,7 +182,8 @@ class Transfer:
             try:
                 response = self.client.get_object(self.bucket, key, offset=start + done, length=len(data) - done)
                 try:
-                    while count := response.readinto(data[done:]):  # type: ignore[arg-type]
+                    # In small pieces: the client makes a copy of each, which shall stay in the processor's cache.
+                    while count := response.readinto(data[done : done + _PIECE]):  # type: ignore[arg-type]
                         done += count
                 finally:
                     response.close()

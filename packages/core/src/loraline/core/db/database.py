@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
@@ -55,6 +53,8 @@ class Database:
     def __init__(self, url: str):
         self._url = parse_url(url)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        # SQLite's own waiting is polling with growing sleeps; threads of one process queue up here instead.
+        self._writing = threading.Lock() if self.is_sqlite else None
         self.engine = self._sqlite_engine() if self.is_sqlite else self._postgres_engine()
 
     def _sqlite_engine(self) -> Engine:
@@ -99,8 +99,20 @@ class Database:
 
         On SQLite writers take turns, and waiting for longer than a minute is UNAVAILABLE.
         """
-        with self._typed_errors(), self.engine.begin() as connection:
+        with self._my_turn(), self._typed_errors(), self.engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        if self._writing is None:
+            yield
+            return
+        if not self._writing.acquire(timeout=_BUSY_SECONDS):
+            raise self._busy()
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -112,6 +124,10 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the tables to the newest revision; processes that call it at the same time take turns."""
+        # Imported here, because a job's process never migrates and need not wait for it.
+        from alembic import command
+        from alembic.config import Config
+
         config = Config()
         # ConfigParser would read a percent sign in the path as an interpolation.
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
@@ -144,8 +160,11 @@ class Database:
         if "disk is full" in text or "No space left" in text:
             return resource_exhausted("DISK_FULL", f"The database {where} has no room left: {text}. Free some space.")
         if "locked" in text or "busy" in text:
-            message = f"The database {where} was busy for more than {_BUSY_SECONDS:.0f} s. Try again."
-            return unavailable("DATABASE_BUSY", message)
+            return self._busy()
         return unavailable(
             "DATABASE_UNREACHABLE", f"The database {where} can't be used: {text}. Check LORALINE_DATABASE_URL and it."
         )
+
+    def _busy(self) -> LoralineError:
+        where = self._url.render_as_string(hide_password=True)
+        return unavailable("DATABASE_BUSY", f"The database {where} was busy for more than {_BUSY_SECONDS:.0f} s. Try again.")

@@ -39,6 +39,7 @@ def open_platform(settings: CoreSettings) -> Platform:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
         library = ArtifactLibrary.open(settings, database)
+        library.store.probe()
         library.observer = ArtifactMetrics(registry)
     except BaseException:
         database.close()

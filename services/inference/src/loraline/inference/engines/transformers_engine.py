@@ -21,7 +21,7 @@ import structlog
 
 from loraline.inference.engines.chat_format import ChatFormat
 from loraline.inference.engines.decoding import Decoder
-from loraline.inference.engines.memory import weight_bytes
+from loraline.inference.engines.memory import float32_on_cpu
 from loraline.inference.engines.port import (
     BASE,
     EngineDead,
@@ -34,7 +34,6 @@ from loraline.inference.engines.port import (
 
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
-_FLOAT32_BYTES = 4 * 1024**3
 _DEFAULT_MODEL_LEN = 2048
 
 
@@ -146,8 +145,9 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         device = _device(torch)
-        small = weight_bytes(folder) <= _FLOAT32_BYTES
-        dtype = options.dtype if options.dtype != "auto" else "float32" if device == "cpu" and small else "auto"
+        dtype = options.dtype
+        if dtype == "auto" and device == "cpu" and float32_on_cpu(folder):
+            dtype = "float32"
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=options.trust_remote_code
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from loraline.inference.engines import amx, watch
-from loraline.inference.engines.memory import weight_bytes
+from loraline.inference.engines.memory import float32_on_cpu
 from loraline.inference.engines.port import (
     BASE,
     Constraint,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM accepts as max_lora_rank."""
-_FLOAT32_BYTES = 4 * 1024**3
-"""On a CPU, models up to this size on disk are computed in float32: the proof at load is then exact."""
 
 
 def engine_version() -> str:
@@ -104,8 +102,11 @@ class VllmEngine:
                         yield piece
             finally:
                 await stream.aclose()
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineDeadError as error:
             raise EngineDead(str(error)) from error
+        except EngineGenerateError as error:
+            self._raise_if_dead(error)
+            raise EngineRefused(str(error)) from error
         except (VLLMClientError, ValueError) as error:
             raise EngineRefused(str(error).strip()) from error
 
@@ -209,7 +210,7 @@ def _build(folder: Path, options: EngineOptions) -> AsyncLLM:
 def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> dict[str, Any]:
     """Return the arguments of vLLM's AsyncEngineArgs; pure."""
     dtype = options.dtype
-    if dtype == "auto" and on_cpu and weight_bytes(folder) <= _FLOAT32_BYTES:
+    if dtype == "auto" and on_cpu and float32_on_cpu(folder):
         dtype = "float32"
     arguments: dict[str, Any] = {
         "model": str(folder),

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from loraline.core.errors import failed_precondition
 from loraline.trainer import checkpoints
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class RunObserver(Protocol):

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
 from transformers import PreTrainedTokenizerBase
+
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
 
 Messages = list[dict[str, str]]
 GENERATION_MARKS = "generation_marks"
@@ -59,7 +60,7 @@ class ChatEncoder:
             template = template.get("default")
         if not isinstance(template, str) or not template.strip():
             message = (
-                "The base model's tokenizer has no chat template, so nobody knows how conversations are written for it. "
+                "The base model's tokenizer has no chat template, so nobody knows how to write a conversation. "
                 "Take an instruct model, or put a chat_template.jinja beside its weights."
             )
             raise failed_precondition("CHAT_TEMPLATE_MISSING", message)

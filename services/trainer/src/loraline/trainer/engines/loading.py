@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUANTIZED = {"nf4", "int8"}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+
 from loraline.core.errors import failed_precondition
 from loraline.core.evidence.probes import Probe, ProbeSet
 from loraline.trainer.engines.encoding import ChatEncoder, EncodedRow, Messages
 from loraline.trainer.engines.loading import Precision, load_model
-from peft import PeftModel
 
 MAX_RESPONSE_TOKENS = 24
 MIN_SHIFT = 1e-3

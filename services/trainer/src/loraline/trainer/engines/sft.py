@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, prepare_model_for_kbit_training
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, resource_exhausted
 from loraline.trainer import checkpoints
 from loraline.trainer.engines.callbacks import LiveProgress, RunObserver, SealedCheckpoints, Stopping
@@ -18,11 +24,6 @@ from loraline.trainer.engines.loading import Precision
 from loraline.trainer.engines.preparing import PreparedData
 from loraline.trainer.engines.sampling import EpochSampler
 from loraline.trainer.spec import LoraSpec, TrainingSpec
-from peft import LoraConfig, prepare_model_for_kbit_training
-from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ def _tokens_seen(trainer: _Trainer, data: PreparedData, spec: TrainingSpec) -> i
 def _out_of_memory(spec: TrainingSpec) -> LoralineError:
     message = (
         f"Memory ran out. In this order: lower parameters.max_length (now {spec.max_length}), lower "
-        f"parameters.batch_size (now {spec.batch_size}) and raise parameters.grad_accum by as much, set parameters.gradient_checkpointing, "
-        "set parameters.quantization to QUANTIZATION_NF4."
+        f"parameters.batch_size (now {spec.batch_size}) and raise parameters.grad_accum by as much, "
+        "set parameters.gradient_checkpointing, set parameters.quantization to QUANTIZATION_NF4."
     )
     return resource_exhausted("OUT_OF_MEMORY", message)
 

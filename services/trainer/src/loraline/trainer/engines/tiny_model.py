@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, set_seed
+
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.trainer.engines.tiny_tokenizer import save_tokenizer, train_tokenizer
 from loraline.trainer.tiny.texts import corpus_dialogues
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, set_seed
 
 Report = Callable[[int, int, float], None]
 """Called after every step with the step, the steps in all and the loss."""
@@ -120,8 +121,9 @@ def _pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     pad = model.config.pad_token_id
     losses: list[float] = []
+    generator = random.Random(settings.seed)  # noqa: S311  (a shuffle, no secret)
     model.train()
-    for step, batch in enumerate(_batches(rows, settings.tokens_per_step, random.Random(settings.seed)), start=1):
+    for step, batch in enumerate(_batches(rows, settings.tokens_per_step, generator), start=1):
         width = max(map(len, batch))
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch])
         real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import GenerationConfig
+
 from loraline.core.evidence.probes import ProbeSet
 from loraline.core.evidence.receipt import TokenReceipt
 from loraline.trainer.base_models import ResolvedBase
@@ -24,7 +26,6 @@ from loraline.trainer.engines.loading import (
 from loraline.trainer.engines.preparing import LengthRule, PreparedData, prepare
 from loraline.trainer.rows import LoadedDataset, mix
 from loraline.trainer.spec import TrainingSpec
-from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
