@@ -166,24 +166,24 @@ class Transfer:
         try:
             self._check_going_on()
             data = memoryview(buffer)[:length]
-            self._receive(key, start, data)
-            if target is not None:
-                _write_at(target, data, start)
+            self._receive(key, start, data, target)
             self.advance(length)
         except BaseException:
             self.buffers.give(buffer)
             raise
         ordered.add(start, buffer, length)
 
-    def _receive(self, key: str, start: int, data: memoryview) -> None:
-        """Fill `data` from the object; a connection that breaks is tried again from where it broke."""
+    def _receive(self, key: str, start: int, data: memoryview, target: int | None) -> None:
+        """Fill `data` from the object, and the target; a connection that breaks is tried again from where it broke."""
         done, tries = 0, 0
         while done < len(data):
             try:
                 response = self.client.get_object(self.bucket, key, offset=start + done, length=len(data) - done)
                 try:
-                    # In small pieces: the client makes a copy of each, which shall stay in the processor's cache.
+                    # In small pieces, so that each is still in the processor's cache when it is written.
                     while count := response.readinto(data[done : done + _PIECE]):  # type: ignore[arg-type]
+                        if target is not None:
+                            _write_at(target, data[done : done + count], start + done)
                         done += count
                 finally:
                     response.close()
