@@ -51,7 +51,9 @@ check-proto: setup-dev ## Lint the protos and compare the committed stubs with a
 	  rm -r "$$fresh"; echo "stubs match proto/"
 
 check-docs: setup-dev ## Compare generated pages with a fresh run
-	@$(BIN)/python -m loraline.core.diagnostics.page --check
+	@fresh=$$(mktemp); $(BIN)/python -m loraline.core.diagnostics.page "$$fresh"; \
+	  diff -q docs/troubleshooting.md "$$fresh" >/dev/null || { echo "docs/troubleshooting.md is stale; run: $(BIN)/python -m loraline.core.diagnostics.page docs/troubleshooting.md"; exit 1; }; \
+	  rm "$$fresh"; echo "docs/troubleshooting.md matches the diagnostics entries"
 
 lock: setup-dev ## Write requirements/*.txt anew
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh

@@ -67,7 +67,10 @@ LOCAL = {
     "api": ["./packages/api"],
     "core": ["./packages/api", "./packages/core"],
     "client": ["./packages/api", "./packages/client"],
-    **{s: ["./packages/api", "./packages/core", f"./services/{s}"] for s in ("datagen", "trainer", "merger", "inference")},
+    **{
+        s: ["./packages/api", "./packages/core", f"./services/{s}"]
+        for s in ("datagen", "trainer", "merger", "inference")
+    },
 }
 
 
@@ -151,6 +154,8 @@ def test_stage_starts_alone(environment: Environment, stage: str, tmp_path: Path
 
 @pytest.mark.parametrize("environment", ["client"], indirect=True)
 def test_client_command_explains_itself(environment: Environment) -> None:
-    done = subprocess.run([environment.folder / "bin" / "loraline", "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [environment.folder / "bin" / "loraline", "--help"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "run" in done.stdout

@@ -138,9 +138,7 @@ def test_openai_client_streams_from_the_adapter(finished: list[dict[str, Any]], 
     client = openai.OpenAI(base_url=f"{deployment.http}/v1", api_key=deployment.key, max_retries=0)
     assert any(model.id.startswith("mareva") for model in client.models.list())
     messages: list[Any] = [{"role": "user", "content": "Good evening!"}]
-    whole = client.chat.completions.create(
-        model="mareva@production", messages=messages, temperature=0, max_tokens=24
-    )
+    whole = client.chat.completions.create(model="mareva@production", messages=messages, temperature=0, max_tokens=24)
     pieces = client.chat.completions.create(
         model="mareva@production", messages=messages, temperature=0, max_tokens=24, stream=True
     )

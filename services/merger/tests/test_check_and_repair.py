@@ -35,7 +35,10 @@ def drop(file: str) -> Callable[[Path], None]:
 
 
 def write(file: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_bytes(content) and None
+    def apply(folder: Path) -> None:
+        (folder / file).write_bytes(content)
+
+    return apply
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
@@ -47,9 +50,10 @@ def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path
     return apply
 
 
-def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+def without(prefix: str) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[name]
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            del tensors[name]
 
     return change
 
@@ -68,8 +72,8 @@ def no_tokenizer_json(folder: Path) -> None:
 
 
 LAYER = "model.layers.1."
-# defect -> (what makes it, the code that must be found, whether RepairModel mends it)
 CLASS = "TOKENIZER_CLASS_UNKNOWN"
+# defect -> (what makes it, the code that must be found, whether RepairModel mends it)
 DEFECTS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "vocabulary": (edit("config.json", vocab_size=321), "VOCAB_SIZE_MISMATCH", True),
     "hidden": (edit("config.json", hidden_size=64, head_dim=8), "HIDDEN_SIZE_MISMATCH", True),
@@ -84,11 +88,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
         weights(lambda t: t.update({"lm_head.weight": torch.zeros(319, 32)})), "LM_HEAD_MISMATCH", False,
     ),
     "tensor missing": (weights(without(f"{LAYER}mlp.up_proj.weight")), "MISSING_TENSOR", False),
-    "layer missing": (
-        weights(lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.0.")] and None),
-        "MISSING_LAYER",
-        False,
-    ),
+    "layer missing": (weights(without("model.layers.0.")), "MISSING_LAYER", False),
     "left over quantisation": (
         edit("config.json", quantization_config={"quant_method": "bitsandbytes"}), "QUANTIZATION_LEFT_OVER", True,
     ),

@@ -42,6 +42,7 @@ class Running:
 
     async def wait(self, name: str, *states: int) -> job_pb2.Job:
         wanted = states or (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
+        job = job_pb2.Job()
         for _ in range(6000):
             job = (await self.jobs.GetJob(job_pb2.GetJobRequest(name=name))).job
             if job.state in wanted:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -16,10 +19,12 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_DATASET, UploadHeader
-from loraline.core.artifacts import local
+from loraline.core.artifacts import local, s3_transfer
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.manifest import check_path
 from loraline.core.artifacts.refs import format_ref, parse_ref
+from loraline.core.artifacts.s3 import S3Store
+from loraline.core.artifacts.s3_client import open_client
 from loraline.core.artifacts.uploads import Upload
 from loraline.core.config import CoreSettings
 from loraline.core.db.database import Database
@@ -43,8 +48,9 @@ def test_references_are_read_and_written(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "adapter", "adapter/", "adapter/A", "adapter/a:3", "adapter/a:v0", "adapter/a:v-1", "adapter/a@", "adapter/../a",
-     "lora/a", "adapter/a:v1@b", "adapter/a b", "adapter/" + "a" * 65, "adapter/a:v" + "9" * 30, "adapter/a\n/b"],
+    ["", "adapter", "adapter/", "adapter/A", "adapter/a:3", "adapter/a:v0", "adapter/a:v-1", "adapter/a@",
+     "adapter/../a", "lora/a", "adapter/a:v1@b", "adapter/a b", "adapter/" + "a" * 65,
+     "adapter/a:v" + "9" * 30, "adapter/a\n/b"],
 )  # fmt: skip
 def test_broken_references_are_refused(text: str) -> None:
     assert refused(lambda: parse_ref(text)).code == grpc.StatusCode.INVALID_ARGUMENT
@@ -120,7 +126,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     mount = shutil.which("mount")
     if mount is None or os.geteuid() != 0:
         pytest.skip("a small file system needs root")
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"a small file system can't be mounted here: {done.stderr.decode().strip()}")
     yield place
@@ -208,3 +216,41 @@ def test_database_out_of_reach_keeps_the_password_secret() -> None:
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNREACHABLE")
     assert "s3cret" not in error.message
     database.close()
+
+
+class _SlowHash:
+    """SHA-256 on a processor that is busy elsewhere: other threads overtake it between its calls."""
+
+    def __init__(self) -> None:
+        self._inner = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.4)
+        self._inner.update(data)
+
+    def hexdigest(self) -> str:
+        return self._inner.hexdigest()
+
+
+def test_a_part_is_hashed_before_its_buffer_is_used_again(
+    s3: S3Server, local_place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = s3.settings(data_dir=local_place.tmp / "data")
+    store = S3Store(open_client(settings), settings.store_url.removeprefix("s3://"), part_size=5 * 2**20, concurrency=2)
+    library = ArtifactLibrary(store, local_place.database, local_place.tmp / "cache")
+    source = local_place.folder(**{name: os.urandom(12 * 2**20) for name in "abc"})
+    give = store._buffers.give
+
+    def give_spoiled(buffer: bytearray) -> None:
+        buffer[:] = bytes(len(buffer))
+        give(buffer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._buffers, "give", give_spoiled)
+        patch.setattr(s3_transfer, "hashlib", SimpleNamespace(sha256=_SlowHash))
+        made = library.publish(DATASET, "d", source)
+        folder = library.fetch(made.ref)
+    for file in made.files:
+        assert file.sha256 == hashlib.sha256((source / file.path).read_bytes()).hexdigest()
+        assert (folder / file.path).read_bytes() == (source / file.path).read_bytes()
+    assert library.verify(made.ref) == 36 * 2**20

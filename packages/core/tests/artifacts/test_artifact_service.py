@@ -20,8 +20,8 @@ DATASET = pb.ARTIFACT_KIND_DATASET
 class _Errors(grpc.aio.ServerInterceptor):
     """Maps LoralineError to a status, as the platform's interceptor does."""
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = await continuation(details)
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
 
         def typed(behaviour: Any, streaming: bool) -> Any:
             async def unary(request: Any, context: Any) -> Any:
@@ -73,7 +73,11 @@ async def refused(call: Any) -> grpc.aio.AioRpcError:
 
 async def test_upload_then_download(stub: Any, place: Any) -> None:
     big = bytes(range(256)) * 10_000
-    files = [("card.md", b"hello"), ("empty", b""), *(("sub/big", big[i : i + 1_000_000]) for i in range(0, len(big), 1_000_000))]  # noqa: E501
+    files = [
+        ("card.md", b"hello"),
+        ("empty", b""),
+        *(("sub/big", big[i : i + 1_000_000]) for i in range(0, len(big), 1_000_000)),
+    ]
     made = await stub.UploadArtifact(iter(parts(*files)))
     assert (made.artifact.ref.version, made.unchanged) == (1, False)
     assert made.artifact.facts["rows"] == 2

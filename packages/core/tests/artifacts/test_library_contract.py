@@ -91,7 +91,7 @@ def test_big_file_goes_in_parts(place: Any) -> None:
     assert place.library.verify(made.ref) == len(BIG) + 1
     entry = place.library.select(made.ref, ["weights"])[1][0]
     assert b"".join(place.library.stream(made.ref, entry)) == BIG
-    assert not [name for name in os.listdir(fetched) if name.endswith(".partial")]
+    assert not list(fetched.glob(".*.partial"))
 
 
 def test_unicode_names(place: Any) -> None:
@@ -207,9 +207,7 @@ def test_unchanged_files_are_copied_inside_the_store(place: Any, monkeypatch: py
     (source / "big").rename(source / "renamed")
     moved: list[int] = []
     write = place.library.store.write
-    monkeypatch.setattr(
-        place.library.store, "write", lambda prefix, files, advance: write(prefix, files, moved.append)
-    )
+    monkeypatch.setattr(place.library.store, "write", lambda prefix, files, advance: write(prefix, files, moved.append))
     second = place.library.publish(DATASET, "d", source)
     assert moved == [4]
     assert (place.open().fetch(second.ref) / "renamed").read_bytes() == BIG

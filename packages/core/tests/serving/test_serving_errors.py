@@ -13,7 +13,7 @@ from loraline.api.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.api.job.v1 import job_pb2, job_pb2_grpc
 from loraline.api.trainer.v1 import trainer_pb2, trainer_pb2_grpc
-from loraline.core.errors import HELP_URL, LoralineError, resource_exhausted
+from loraline.core.errors import HELP_PAGE, LoralineError, resource_exhausted
 from loraline.core.serving.statuses import as_error, fit_status
 from loraline.core.serving.validation import check
 
@@ -50,7 +50,7 @@ async def test_a_typed_error_arrives_whole(server, failure_of):
             assert got.retry_after == sent.retry_after
     links = error_details_pb2.Help()
     assert any(detail.Unpack(links) for detail in fit_status(sent).details)
-    assert links.links[0].url == f"{HELP_URL}#quota-exhausted"
+    assert links.links[0].url == f"{HELP_PAGE}#quota-exhausted"
 
 
 async def test_an_unexpected_error_tells_its_id_and_nothing_else(server, failure_of, caplog):

@@ -39,7 +39,9 @@ def up(
     """Translate the options into settings and serve."""
     unknown = [name for name in stage or [] if name not in STAGES]
     if unknown:
-        raise typer.BadParameter(f"no stage is called {unknown[0]!r}; there are {', '.join(STAGES)}", param_hint="--stage")
+        raise typer.BadParameter(
+            f"no stage is called {unknown[0]!r}; there are {', '.join(STAGES)}", param_hint="--stage"
+        )
     given = {
         "LORALINE_DATA_DIR": str(data_dir) if data_dir else "",
         "LORALINE_LISTEN": listen,

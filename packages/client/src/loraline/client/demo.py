@@ -36,13 +36,15 @@ LEAST_TUNED, MOST_BASE = 0.7, 0.1
 
 def demo(
     pipeline: Annotated[Path, typer.Argument(help="The pipeline file.")] = PIPELINE,
-    merged: Annotated[bool, typer.Option(help="Ask the merged model too, for a moment.")] = True,
+    merged: Annotated[
+        bool | None, typer.Option(help="Ask the merged model too; by default where loading takes seconds.")
+    ] = None,
 ) -> None:
     """Run the example persona and show that it worked."""
     called = invocation()
     spec = read_pipeline(pipeline)
     report = execute(called, spec)
-    if merged and spec.ask is not None and spec.serve is not None and spec.serve.adapter and spec.merge is not None:
+    if _shall_ask_merged(called, spec, merged):
         answers = _ask_merged(called, spec, report)
         report.answers = [
             AskedPrompt(entry.group, entry.prompt, entry.answers | other.answers)
@@ -52,6 +54,14 @@ def demo(
     _tell(called.output, spec, report, checks)
     if not all(check.passed for check in checks):
         raise CommandFailed(FAILED)
+
+
+def _shall_ask_merged(called: Invocation, spec: PipelineSpec, wanted: bool | None) -> bool:
+    """Whether to ask the merged model: when wanted, or when nothing is said and the engine loads models at once."""
+    if wanted is False or spec.ask is None or spec.serve is None or not spec.serve.adapter or spec.merge is None:
+        return False
+    with called.client() as client:
+        return bool(wanted) or client.inference.capabilities().engine == "transformers"
 
 
 def check_style(report: PipelineReport) -> list[Check]:

@@ -15,7 +15,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "loraline"
-HELP_URL = "https://loraline.invalid/docs/troubleshooting.md"
+HELP_PAGE = "docs/troubleshooting.md"
+"""Where reasons are explained; relative to the repository, as the project is not tied to one host."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ class LoralineError(Exception):
                 )
             )
         anchor = self.reason.lower().replace("_", "-")
-        link = error_details_pb2.Help.Link(description=f"What to do about {self.reason}", url=f"{HELP_URL}#{anchor}")
+        link = error_details_pb2.Help.Link(description=f"What to do about {self.reason}", url=f"{HELP_PAGE}#{anchor}")
         add(error_details_pb2.Help(links=[link]))
         return status_pb2.Status(code=self.code.value[0], message=self.message, details=details)
 

@@ -133,7 +133,7 @@ class Answer:
         if self.figures.finish[index] == "length":
             return f"{which}: all its tokens are whitespace or special tokens. Is this the format it was trained on?"
         return (
-            f"{which}: the model ended it at once. Check that the prompt ends with a question, and that the chat template "
+            f"{which}: the model ended it at once. Check that the prompt ends with a question, and that the template "
             "is the one it was trained with; a stop text may also have come first."
         )
 

@@ -28,10 +28,7 @@ from loraline.inference.serving import Serving, start_serving
 from loraline.inference.state import ServedState, StateFile
 
 _log = structlog.get_logger(__name__)
-NOTHING_LOADED = (
-    "No model is loaded. Load one with InferenceService.LoadModel, or start the service with LORALINE_INFERENCE_MODEL, "
-    "such as model/tiny."
-)
+NOTHING_LOADED = "No model is loaded. Load one with LoadModel, or set LORALINE_INFERENCE_MODEL, such as model/tiny."
 _MAX_BACKOFF_SECONDS = 60.0
 
 
@@ -290,7 +287,7 @@ class ModelHost:
 
 
 def _same(current: Serving, base: LocalBase, name: str) -> bool:
-    """Tell whether a base is what is served already; only artifacts can be told apart for certain."""
+    """Tell whether an artifact is what is served already."""
     return bool(base.digest) and current.base.digest == base.digest and current.name == name
 
 

@@ -12,7 +12,7 @@ import grpc
 from rich.text import Text
 
 from loraline.client.cli.output import Output, clean
-from loraline.client.errors import LoralineApiError
+from loraline.client.errors import JobNotSuccessful, LoralineApiError
 
 OK, FAILED, USAGE, UNREACHABLE, AUTH, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -47,6 +47,8 @@ class CommandFailed(Exception):
 
 def exit_code(error: LoralineApiError) -> int:
     """Return the exit code for an error: 1 failed, 2 bad input, 3 unreachable, 4 not allowed."""
+    if isinstance(error, JobNotSuccessful):
+        return FAILED  # whatever the job's own error is: the command was fine
     return UNREACHABLE if error.unreachable else _CODES.get(error.code, FAILED)
 
 

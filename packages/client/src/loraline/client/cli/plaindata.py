@@ -39,12 +39,32 @@ def _message(message: Message) -> Any:
     if isinstance(message, duration_pb2.Duration):
         return message.ToNanoseconds() / 1e9
     if isinstance(message, struct_pb2.Struct):
-        return json_format.MessageToDict(message)
+        return _whole(json_format.MessageToDict(message))
     if isinstance(message, any_pb2.Any):
         return _any(message)
     if isinstance(message, artifact_pb2.ArtifactRef):
         return _ref(message)
     return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields if _shown(message, field)}
+
+
+def _whole(value: Any) -> Any:
+    """Return a Struct's content with whole numbers as such: a Struct knows doubles only."""
+    if isinstance(value, dict):
+        return {key: _whole(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_whole(child) for child in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Return plain data as dotted paths with their values, for people."""
+    if isinstance(value, dict):
+        return [pair for key, child in value.items() for pair in flat(child, f"{path}.{key}".lstrip("."))]
+    if isinstance(value, list) and any(isinstance(child, dict | list) for child in value):
+        return [pair for index, child in enumerate(value) for pair in flat(child, f"{path}[{index}]")]
+    if isinstance(value, list):
+        return [(path, ", ".join(map(str, value)))]
+    return [(path, f"{value:.6g}" if isinstance(value, float) else str(value))]
 
 
 def _shown(message: Message, field: Any) -> bool:

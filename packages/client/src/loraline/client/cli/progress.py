@@ -16,6 +16,8 @@ from loraline.client.pipeline.report import StageOutcome
 
 FIGURES = ("loss", "eval_loss", "token_accuracy", "rows", "tokens_per_second", "kl")
 QUARTERS = 4
+ROUTINE = frozenset({"CHECKPOINT_SAVED"})
+"""Reasons of notes that come again and again; `--format json` shows them."""
 
 
 class View(Protocol):
@@ -147,7 +149,7 @@ class PlainView(_NoContext):
                     self._say(stage, enum_word(job_pb2.JobState.DESCRIPTOR, event.state_change.to).lower())
             case "progress":
                 self._progress(stage, event.progress)
-            case "note":
+            case "note" if event.note.reason not in ROUTINE:
                 self._say(stage, note_text(event.note))
 
     def _progress(self, stage: str, progress: job_pb2.Progress) -> None:
@@ -220,7 +222,7 @@ class TerminalView:
                 figures = figures_text(event.progress).replace("[", "\\[")
                 total = 1.0 if known else None
                 self._progress.update(task, completed=event.progress.fraction, total=total, figures=figures)
-            case "note":
+            case "note" if event.note.reason not in ROUTINE:
                 style = "dim" if event.note.severity in (0, job_pb2.SEVERITY_INFO) else "yellow"
                 self._above("·", style, stage, note_text(event.note))
 

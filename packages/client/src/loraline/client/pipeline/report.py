@@ -144,8 +144,8 @@ def check_merge(merge: merger_pb2.MergeResult) -> Check:
     )
     figures = "; ".join(
         f"{row.subject}: {row.tokens} tokens, KL {row.mean_kl:.2g} nats, greatest difference "
-        f"{row.max_abs_logprob_diff:.2g} nats (adapter against base: {row.base_to_adapter_diff:.2g}), "
-        f"same next token {row.top1_agreement:.1%}"
+        f"{row.max_abs_logprob_diff:.2g} nats (adapter against base: {row.base_to_adapter_diff:.2g})"
+        + (f", same next token {row.top1_agreement:.1%}" if row.top1_agreement else "")
         for row in rows
     )
     return Check("measured merge", passed, figures or "nothing was measured")

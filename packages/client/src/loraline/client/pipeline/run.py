@@ -170,6 +170,9 @@ class PipelineRun:
 
         def finish(message: trainer_pb2.TrainRequest) -> None:
             message.base_model.CopyFrom(base)
+            # A pipeline is there to be changed and run again: what an earlier run of this name left is kept aside.
+            if not message.existing_run:
+                message.existing_run = trainer_pb2.EXISTING_RUN_POLICY_BACKUP_AND_RESTART
             for name, weight in spec.weights.items():
                 message.datasets.add(ref=self._made(f"dataset:{name}"), weight=weight)
             if contract is not None:

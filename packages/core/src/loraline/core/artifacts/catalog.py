@@ -247,9 +247,7 @@ def aliases_at(connection: Connection, kind: int, name: str, version: int) -> li
     return list(connection.execute(sa.select(aliases.c.alias).where(chosen).order_by(aliases.c.alias)).scalars())
 
 
-def page(
-    connection: Connection, kind: int, name: str, page_size: int, page_token: str
-) -> tuple[list[Version], str]:
+def page(connection: Connection, kind: int, name: str, page_size: int, page_token: str) -> tuple[list[Version], str]:
     """Return a page of ready versions, newest first, and the token of the next."""
     query = sa.select(artifacts).where(artifacts.c.state == READY)
     if kind:

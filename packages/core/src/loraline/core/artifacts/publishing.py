@@ -90,9 +90,7 @@ class Publication:
             self._check(connection)
             given_up = catalog.supersede(connection, self.kind, self.name, self.job)
             paths = [item.path for item in planned]
-            version = catalog.allot(
-                connection, self.kind, self.name, job=self.job, writer=self.writer, paths=paths
-            )
+            version = catalog.allot(connection, self.kind, self.name, job=self.job, writer=self.writer, paths=paths)
         prefix = prefix_of(self.kind, self.name, version)
         try:
             for item in given_up:

@@ -17,8 +17,8 @@ from loraline.core.artifacts.manifest import FileEntry
 from loraline.core.artifacts.store import Advance, PlannedFile, source_changed
 from loraline.core.errors import invalid_argument
 
-PART_SIZE = 16 * 1024 * 1024
-_MAX_PARTS = 10_000  # S3's own limit
+PART_SIZE = 8 * 1024 * 1024
+_MAX_PARTS, _MAX_OBJECT = 10_000, 5 * 1024**4  # S3's own limits: parts and bytes of one object
 _TRIES = 3
 _PIECE = 256 * 1024
 
@@ -33,18 +33,21 @@ class Buffers:
         self._count = count
         self._changed = threading.Condition()
 
-    def take(self) -> bytearray:
-        """Wait for a buffer."""
+    def take(self, size: int = 0) -> bytearray:
+        """Wait for a buffer; `size` is for files so large that parts of the usual size would be too many."""
         with self._changed:
             self._changed.wait_for(lambda: self._used < self._count)
             self._used += 1
+            if size > self.size:
+                return bytearray(size)
             return self._free.pop() if self._free else bytearray(self.size)
 
     def give(self, buffer: bytearray) -> None:
         """Return a buffer."""
         with self._changed:
             self._used -= 1
-            self._free.append(buffer)
+            if len(buffer) == self.size:
+                self._free.append(buffer)
             if self._used == 0:
                 self._free.clear()
             self._changed.notify()
@@ -63,9 +66,8 @@ class Transfer:
 
     def upload(self, key: str, planned: PlannedFile) -> FileEntry:
         """Send a file, reading it once: each part is hashed while the parts before it are on their way."""
-        if planned.size > _MAX_PARTS * self.buffers.size:
-            limit = _MAX_PARTS * self.buffers.size // 1024**3
-            message = f"{planned.path} is larger than {limit} GiB. Split it, as safetensors shards are."
+        if planned.size > _MAX_OBJECT:
+            message = f"{planned.path} is larger than 5 TiB, the most that S3 takes. Split it."
             raise invalid_argument("FILE_TOO_LARGE", message, path=planned.path)
         source = os.open(planned.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -93,17 +95,19 @@ class Transfer:
         upload = self.client._create_multipart_upload(self.bucket, key, {})
         sent: list[Future[Part]] = []
         hasher, total = hashlib.sha256(), 0
+        part_size = -(-planned.size // _MAX_PARTS)
         try:
             while True:
                 self._check_going_on()
-                buffer = self.buffers.take()
+                buffer = self.buffers.take(part_size)
                 data = _fill(source, buffer)
                 if not data:
                     self.buffers.give(buffer)
                     break
-                sent.append(self.pool.submit(self._send_part, key, upload, len(sent) + 1, buffer, data))
+                # Hashed before it is handed over: once sent, the buffer belongs to whoever takes it next.
                 hasher.update(data)
                 total += len(data)
+                sent.append(self.pool.submit(self._send_part, key, upload, len(sent) + 1, buffer, data))
                 for done in sent:
                     if done.done():
                         done.result()
@@ -112,8 +116,8 @@ class Transfer:
                 raise source_changed(planned.path)
             self.client._complete_multipart_upload(self.bucket, key, upload, parts)
         except BaseException:
-            for future in sent:
-                future.cancel()
+            # Not cancelled but told to stop: each must still return its buffer.
+            self.stopped.set()
             wait(sent)
             self._abort(key, upload)
             raise

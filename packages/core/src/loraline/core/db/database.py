@@ -167,4 +167,6 @@ class Database:
 
     def _busy(self) -> LoralineError:
         where = self._url.render_as_string(hide_password=True)
-        return unavailable("DATABASE_BUSY", f"The database {where} was busy for more than {_BUSY_SECONDS:.0f} s. Try again.")
+        return unavailable(
+            "DATABASE_BUSY", f"The database {where} was busy for more than {_BUSY_SECONDS:.0f} s. Try again."
+        )

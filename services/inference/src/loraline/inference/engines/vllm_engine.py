@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import multiprocessing
 import os
 from collections.abc import AsyncGenerator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _log = structlog.get_logger(__name__)
+_REAP_SECONDS = 2.0
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM accepts as max_lora_rank."""
 
@@ -169,7 +171,7 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         self._adapters.clear()
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+            await asyncio.to_thread(_shut_down, llm)
 
     def _require(self) -> AsyncLLM:
         if self._llm is None:
@@ -233,6 +235,14 @@ def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> d
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
         arguments["tensor_parallel_size"] = options.tensor_parallel_size
     return {**arguments, **options.extra}
+
+
+def _shut_down(llm: AsyncLLM) -> None:
+    """Shut down and reap: vLLM kills an engine core that is slow to end without waiting for it, leaving a zombie."""
+    cores = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
+    llm.shutdown()
+    for core in cores:
+        core.join(_REAP_SECONDS)
 
 
 def _sampling_params(sampling: Sampling, constraint: Constraint | None) -> SamplingParams:

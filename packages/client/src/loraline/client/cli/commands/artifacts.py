@@ -10,7 +10,7 @@ import typer
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.output import Output, age_text, size_text
-from loraline.client.cli.plaindata import as_data
+from loraline.client.cli.plaindata import as_data, flat
 from loraline.client.cli.progress import view
 from loraline.client.pipeline.report import StageOutcome
 from loraline.client.refs import format_ref, parse_ref
@@ -88,8 +88,8 @@ def show(ref: Ref) -> None:
             ("made by", artifact.job or "uploaded"),
             ("made from", "\n".join(format_ref(source) for source in artifact.inputs)),
             ("lies at", artifact.location),
-            ("facts", "\n".join(f"{name}: {value}" for name, value in facts.items())),
-            ("settings", "\n".join(f"{name}: {value}" for name, value in settings.items())),
+            ("facts", "\n".join(f"{name}: {value}" for name, value in flat(facts))),
+            ("settings", "\n".join(f"{name}: {value}" for name, value in flat(settings))),
         ]
     )
     output.line("")

@@ -1,0 +1,272 @@
+"""Whole runs on a very small model: evidence, killing and resuming, pausing, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.errors import LoralineError
+from loraline.core.evidence.probes import compare_logprobs, load_probes
+from loraline.core.evidence.receipt import compare_rendering, load_receipt
+from loraline.trainer.base_models import ResolvedBase
+from loraline.trainer.engines import loading, training
+from loraline.trainer.rows import load_dataset
+from loraline.trainer.spec import TrainingSpec, training_spec
+from loraline.trainer.testing import harbour_rows, make_base, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Watcher:
+    """Takes notes; asks to stop at a step."""
+
+    stop_at: int = 0
+    cause: str = "pause"
+    steps: list[int] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        self.metrics.append(dict(metrics))
+
+    def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
+        self.notes.append(reason)
+
+    @property
+    def stop_cause(self) -> str:
+        done = self.steps[-1] if self.steps else 0
+        return self.cause if self.stop_at and done >= self.stop_at - 1 else ""
+
+
+def spec(**fields: Any) -> TrainingSpec:
+    lora = fields.pop("lora", pb.LoraParameters(r=4, dropout=0.1))
+    defaults: dict[str, Any] = {"epochs": 4, "learning_rate": 5e-3, "batch_size": 8, "max_length": 128, "save_steps": 3}
+    parameters = pb.TrainingParameters(lora=lora, **{**defaults, **fields})
+    return training_spec(pb.TrainRequest(name="harbour", parameters=parameters))
+
+
+def inputs(base: Path, dataset: Path) -> training.RunInputs:
+    resolved = ResolvedBase(base, pb.BaseModel(path=str(base)), False)
+    return training.RunInputs("harbour", resolved, [load_dataset(dataset, weight=1)], 0.0, ["dataset/harbour:v1"])
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_rows(tmp_path_factory.mktemp("rows") / "harbour", harbour_rows())
+    return write_rows(folder, harbour_rows()[:4], "validation")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    small_base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[training.FinishedRun, Watcher]:
+    """An uninterrupted run, for the others to compare with."""
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), tmp_path_factory.mktemp("whole"), watcher)
+    assert finished is not None
+    return finished, watcher
+
+
+def test_a_run_learns_and_reports(whole: tuple[training.FinishedRun, Watcher]) -> None:
+    finished, watcher = whole
+    assert finished.run.steps == 12
+    assert finished.run.tokens == 4 * finished.receipt.counts.tokens
+    losses = [entry["loss"] for entry in finished.run.log if "loss" in entry]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.05
+    names = {"loss", "token_accuracy", "tokens_per_second", "learning_rate", "grad_norm", "epoch", "eval_loss"}
+    assert names <= set(watcher.metrics[-1])
+    assert sorted(set(watcher.steps)) == list(range(1, 13))
+    assert watcher.notes.index("TOKEN_RECEIPT") < watcher.notes.index("CHECKPOINT_SAVED")
+
+
+def test_the_adapter_carries_its_evidence(
+    whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path
+) -> None:
+    folder = whole[0].folder
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
+        "chat_template.jinja", "token_receipt.json", "probes.json", "base_model.json", "training_log.json",
+    } <= names  # fmt: skip
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert str(small_base) not in (folder / "adapter_config.json").read_text()
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+    receipt = load_receipt(folder)
+    assert (receipt.counts.rows, receipt.counts.rows_teaching_eos, len(receipt.rows)) == (24, 24, 16)
+    tokenizer: Any = loading.load_tokenizer(folder)
+
+    def render(messages: list[dict[str, str]]) -> list[int]:
+        return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+
+    assert compare_rendering(receipt, render) == []
+
+
+def test_the_probes_can_be_measured_again(whole: tuple[training.FinishedRun, Watcher], small_base: Path) -> None:
+    """With plain transformers and peft, as another stage would."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    probes = load_probes(whole[0].folder)
+    assert probes.dtype == "float32"
+    assert {"train-1", "validation-1", "fixed-en", "fixed-zh"} <= {probe.name for probe in probes.probes}
+    assert probes.max_shift > 0.05
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), str(whole[0].folder)).eval()
+    for probe in probes.probes:
+        ids = torch.tensor([probe.prompt_ids + probe.response_ids])
+        with torch.inference_mode():
+            scores = torch.log_softmax(model(ids).logits[0].float(), -1)
+        start = len(probe.prompt_ids)
+        measured = [float(scores[start + at - 1, token]) for at, token in enumerate(probe.response_ids)]
+        assert compare_logprobs(probe.adapter_logprobs, measured).max_abs < 1e-4
+        assert compare_logprobs(probe.base_logprobs, measured).max_abs > 1e-3
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {folder!r})
+from test_trainer_run import Watcher, inputs, spec, training
+from pathlib import Path
+
+class Killed(Watcher):
+    def progress(self, step, total, eta_seconds, metrics):
+        if step == {step}:
+            os.kill(os.getpid(), 9)
+
+training.run(inputs(Path({base!r}), Path({dataset!r})), spec(), Path({workdir!r}), Killed())
+"""
+
+
+def test_killed_in_the_middle_and_resumed_it_ends_the_same(
+    whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    code = KILLED.format(
+        folder=str(Path(__file__).parent), step=8, base=str(small_base), dataset=str(dataset), workdir=str(tmp_path)
+    )
+    killed = subprocess.run([sys.executable, "-c", code], check=False, timeout=280)
+    assert killed.returncode == -9
+    assert (tmp_path / "token_receipt.json").is_file()
+    # What a kill in the middle of saving leaves behind: the newest checkpoint without its seal, cut short.
+    torn = tmp_path / "checkpoints" / "checkpoint-7"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global')
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), tmp_path, watcher)
+    assert finished is not None
+    assert finished.run.resumed_from == "checkpoint-6"
+    assert watcher.steps[0] == 7
+    assert {"CHECKPOINT_TORN", "RUN_RESUMED"} <= set(watcher.notes)
+    assert digest(finished.folder) == digest(whole[0].folder)
+    assert (finished.run.tokens, finished.run.steps) == (whole[0].run.tokens, whole[0].run.steps)
+    assert [entry["loss"] for entry in finished.run.log if "loss" in entry] == [
+        entry["loss"] for entry in whole[0].run.log if "loss" in entry
+    ]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 9])
+def test_paused_between_checkpoints_it_goes_on_at_the_same_step(
+    whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path, tmp_path: Path, stop_at: int
+) -> None:
+    assert training.run(inputs(small_base, dataset), spec(), tmp_path, Watcher(stop_at=stop_at)) is None
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), tmp_path, watcher)
+    assert finished is not None
+    assert finished.run.resumed_from == f"checkpoint-{stop_at}"
+    assert digest(finished.folder) == digest(whole[0].folder)
+
+
+def test_a_finished_run_that_lost_its_end_trains_nothing_again(
+    whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path
+) -> None:
+    workdir = whole[0].folder.parent
+    before = digest(whole[0].folder)
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), workdir, watcher)
+    assert finished is not None
+    assert watcher.steps == []
+    assert digest(finished.folder) == before
+    assert finished.figures == whole[0].figures
+
+
+def test_a_learning_rate_that_does_nothing_is_noticed(small_base: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(small_base, dataset), spec(max_steps=1, learning_rate=1e-12), tmp_path, Watcher())
+    assert caught.value.reason == "ADAPTER_WITHOUT_EFFECT"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(dataset: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = make_base(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(base, dataset), spec(), tmp_path / "work", Watcher())
+    assert caught.value.reason == "LOSS_NOT_FINITE"
+
+
+@pytest.mark.parametrize("quantization", [pb.QUANTIZATION_NF4, pb.QUANTIZATION_INT8])
+def test_quantisation_that_is_asked_for_but_missing_is_refused(
+    small_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any
+) -> None:
+    find = loading.importlib.util.find_spec
+    monkeypatch.setattr(
+        loading.importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+    )
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(small_base, dataset), spec(quantization=quantization), tmp_path, Watcher())
+    assert caught.value.reason == "QUANTIZATION_UNAVAILABLE"
+    assert "QUANTIZATION_NONE" in caught.value.message
+    assert loading.choose_precision("", "auto", small_base).quantization == "none"
+
+
+def test_nf4_trains(small_base: Path, dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    asked = spec(quantization=pb.QUANTIZATION_NF4, max_steps=3)
+    finished = training.run(inputs(small_base, dataset), asked, tmp_path, Watcher())
+    assert finished is not None
+    assert finished.precision.quantization == "nf4"
+    assert load_probes(finished.folder).max_shift > 1e-3
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pb.LoraParameters(r=4, rslora=True),
+        pb.LoraParameters(r=4, alpha=5.5, target_modules=["q_proj", "down_proj"]),
+    ],
+)
+def test_kinds_of_lora(small_base: Path, dataset: Path, tmp_path: Path, lora: pb.LoraParameters) -> None:
+    finished = training.run(inputs(small_base, dataset), spec(lora=lora, max_steps=3), tmp_path, Watcher())
+    assert finished is not None
+    config = json.loads((finished.folder / "adapter_config.json").read_text())
+    assert config["use_rslora"] == lora.rslora
+    assert config["lora_alpha"] == (lora.alpha or 8)
+    expected = sorted(lora.target_modules) or 7
+    assert config["target_modules"] == expected or len(config["target_modules"]) == expected
+
+
+def test_modules_that_the_base_lacks_are_named(small_base: Path, dataset: Path, tmp_path: Path) -> None:
+    asked = spec(lora=pb.LoraParameters(r=4, target_modules=["warp_drive"]))
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(small_base, dataset), asked, tmp_path, Watcher())
+    assert caught.value.reason == "TARGET_MODULES_UNKNOWN"
