@@ -16,7 +16,7 @@ def _tracked(*patterns: str) -> list[Path]:
 
 
 def test_loraline_is_a_namespace_everywhere() -> None:
-    assert not [p for p in ROOT.glob("*/*/src/loraline/__init__.py")], "loraline is shared by several packages"
+    assert not list(ROOT.glob("*/*/src/loraline/__init__.py")), "loraline is shared by several packages"
 
 
 def test_files_are_short() -> None:

@@ -4,6 +4,9 @@ Behaviours on purpose: a run with epochs 13 fails the first time it is started; 
 the key `wrong` is refused; the model `missing` is not found; the adapter's style is "little sailor".
 """
 
+# pyright: reportAbstractUsage=false, reportIncompatibleMethodOverride=false
+# The fakes serve a part of each service on purpose.
+
 from __future__ import annotations
 
 import asyncio
@@ -264,7 +267,7 @@ class Jobs(job_pb2_grpc.JobServiceServicer):
         while True:
             while at < len(self.p.events[request.name]):
                 if self.p.break_watch_after and sent >= self.p.break_watch_after:
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "going away")  # type: ignore[misc]
                 event = self.p.events[request.name][at]
                 at, sent = event.sequence, sent + 1
                 yield job_pb2.WatchJobResponse(event=event, job=job)
@@ -301,10 +304,11 @@ class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
     def __init__(self, platform):
         self.p = platform
 
-    async def artifact(self, ref, context):
+    async def artifact(self, ref, context) -> artifact_pb2.Artifact:
         found = self.p.find(ref)
         if found is None:
             await refuse(context, grpc.StatusCode.NOT_FOUND, "ARTIFACT_NOT_FOUND", f"There is no {ref.name}.")
+        assert found is not None
         return found
 
     async def GetArtifact(self, request, context):
@@ -325,6 +329,7 @@ class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
                 header = part.header
             else:
                 files[part.chunk.path] = files.get(part.chunk.path, b"") + part.chunk.data
+        assert header is not None
         artifact, unchanged = self.p.publish(header.kind, header.name, files)
         return artifact_pb2.UploadArtifactResponse(artifact=artifact, unchanged=unchanged)
 
@@ -408,12 +413,14 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         found = self.p.find(request.model.artifact)
         if found is None:
             await refuse(context, grpc.StatusCode.NOT_FOUND, "ARTIFACT_NOT_FOUND", "There is no such model.")
+        assert found is not None
         self.p.base = found.ref
         return inference_pb2.LoadModelResponse(model=self.base())
 
     async def SetAlias(self, request, context):
         self.p.calls.append("inference.SetAlias")
         found = self.p.find(request.adapter)
+        assert found is not None
         proof = inference_pb2.LoadProof(
             tokens=120,
             max_abs_diff_from_trainer=1e-4,

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loraline.client.cli import main as command
-from loraline.client.cli.lossplot import draw
+from loraline.client.cli.lossplot import draw, smoothed
 from loraline.client.cli.output import clean, seconds_text, size_text
 
 PROGRAM = [sys.executable, "-m", "loraline.client.cli.main"]
@@ -224,3 +224,9 @@ def test_the_loss_curve_is_drawn_from_high_to_low():
     assert lines[-1].split() == ["1", "100"] and len(lines) == 7
     assert lines[0][9] != "\u2800" and lines[4][28] != "\u2800"
     assert lines[0][28] == "\u2800"
+
+
+def test_many_losses_are_averaged_before_they_are_drawn():
+    points = [(step, float(step % 2)) for step in range(1, 481)]
+    mean = smoothed(points, bins=48)
+    assert len(mean) == 48 and mean[-1][0] == 480 and all(loss == 0.5 for _, loss in mean)

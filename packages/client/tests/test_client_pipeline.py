@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.datagen.v1.datagen_pb2 import GenerateDatasetRequest
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client import JobNotSuccessful
@@ -123,15 +124,17 @@ def test_template_and_llm_datasets_fill_the_contract(pipeline):
 train:
 """
     spec = read_pipeline(edited(pipeline, "train:\n", dataset))
-    template = spec.datasets["commands"].request.sources[0].template
+    commands, talk = spec.datasets["commands"].request, spec.datasets["talk"].request
+    assert isinstance(commands, GenerateDatasetRequest) and isinstance(talk, GenerateDatasetRequest)
+    template = commands.sources[0].template
     assert [(item.text, item.weight) for item in template.pools["item"].items] == [("lamp", 0), ("door", 2)]
     assert template.templates[0].response_json["what"] == "{item}"
-    llm = spec.datasets["talk"].request.sources[0].llm
+    llm = talk.sources[0].llm
     assert llm.request_timeout.seconds == 120 and llm.endpoints[0].name == "fast" and llm.quota_policy == 2
 
 
 def ref(digest="sha256:" + "a" * 64, version=1):
-    return artifact_pb2.ArtifactRef(kind=2, name="d", version=version, digest=digest)
+    return artifact_pb2.ArtifactRef(kind=artifact_pb2.ARTIFACT_KIND_DATASET, name="d", version=version, digest=digest)
 
 
 def test_request_ids_follow_from_settings_and_input_digests_only():

@@ -1,5 +1,7 @@
 """The SDK against a platform in memory."""
 
+# pyright: reportAbstractUsage=false
+
 from __future__ import annotations
 
 import asyncio

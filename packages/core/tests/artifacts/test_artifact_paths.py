@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from mmap import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,7 +242,7 @@ def test_a_part_is_hashed_before_its_buffer_is_used_again(
     source = local_place.folder(**{name: os.urandom(12 * 2**20) for name in "abc"})
     give = store._buffers.give
 
-    def give_spoiled(buffer: bytearray) -> None:
+    def give_spoiled(buffer: mmap) -> None:
         buffer[:] = bytes(len(buffer))
         give(buffer)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 SelfT = TypeVar("SelfT")
@@ -70,11 +70,11 @@ def blocking(
 
 def blocking_stream(
     method: Callable[Concatenate[SelfT, P], AsyncIterator[ReplyT]],
-) -> Callable[Concatenate[Any, P], Iterator[ReplyT]]:
+) -> Callable[Concatenate[Any, P], Generator[ReplyT, None, None]]:
     """Return the blocking form of an async iterator; leaving the loop early ends the stream on the server too."""
 
     @functools.wraps(method)
-    def iterate(face: Blocking[SelfT], *args: P.args, **kwargs: P.kwargs) -> Iterator[ReplyT]:
+    def iterate(face: Blocking[SelfT], *args: P.args, **kwargs: P.kwargs) -> Generator[ReplyT, None, None]:
         stream = method(face._target, *args, **kwargs)
         nothing = object()
 

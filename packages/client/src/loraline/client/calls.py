@@ -22,7 +22,7 @@ WORK_SECONDS = 1800.0
 """Deadline of a call that loads, proves, generates or verifies."""
 NEVER_REACHED_SECONDS = 1.0
 """How long a server that never answered is tried: long enough for a hiccup, short enough for a person to wait."""
-LOST_SECONDS = 60.0
+LOST_SECONDS = 120.0
 """How long a server that did answer before is tried: long enough for a restart."""
 
 

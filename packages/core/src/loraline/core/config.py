@@ -16,7 +16,9 @@ def _with_password(url: str, file: Path) -> str:
     if parts.password or not parts.username:
         return url
     password = quote(file.read_text(encoding="utf-8").strip(), safe="")
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f"{parts.username}@", f"{parts.username}:{password}@", 1)))
+    return urlunsplit(
+        parts._replace(netloc=parts.netloc.replace(f"{parts.username}@", f"{parts.username}:{password}@", 1))
+    )
 
 
 class CoreSettings(BaseSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.cli.output import Output
@@ -20,7 +21,7 @@ def tell_loss(output: Output, curve: Sequence[trainer_pb2.LossPoint]) -> None:
     output.say("")
     output.say("training loss by step, in nats per token", "bold cyan")
     if output.terminal:
-        for line in draw(points):
+        for line in draw(smoothed(points)):
             output.say(line)
     else:
         for step, loss in thinned(points, 10):
@@ -36,6 +37,15 @@ def thinned(points: Sequence[tuple[int, float]], count: int) -> list[tuple[int, 
     if len(points) <= count:
         return list(points)
     return [points[round(index * (len(points) - 1) / (count - 1))] for index in range(count)]
+
+
+def smoothed(points: Sequence[tuple[int, float]], bins: int = WIDTH) -> list[tuple[int, float]]:
+    """Return the mean loss of each stretch of steps: single batches jump too much to be read."""
+    if len(points) <= bins:
+        return list(points)
+    edges = [round(index * len(points) / bins) for index in range(bins + 1)]
+    stretches = [points[begin:end] for begin, end in pairwise(edges)]
+    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in stretches]
 
 
 def draw(points: Sequence[tuple[int, float]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:

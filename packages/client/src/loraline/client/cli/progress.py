@@ -57,7 +57,7 @@ def figures_text(progress: job_pb2.Progress) -> str:
     steps = f"{progress.step}/{progress.total_steps}"
     if progress.total_steps and progress.unit != "byte" and steps not in said:
         parts.append(f"{progress.unit or 'step'} {steps}")
-    figures = [name for name in FIGURES if name in progress.metrics and f"{name} " not in said]
+    figures = [name for name in FIGURES if name in progress.metrics and f"{name.replace('_', ' ')} " not in said]
     return "  ".join([*parts, *(f"{name} {progress.metrics[name]:.4g}" for name in figures)])
 
 

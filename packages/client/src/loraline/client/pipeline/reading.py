@@ -10,16 +10,15 @@ from google.protobuf.message import Message
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
-from loraline.api.inference.v1 import inference_pb2
 from loraline.api.merger.v1 import merger_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.pipeline.document import Node, SpecError, read_yaml
 from loraline.client.pipeline.protofill import as_number, fill, fill_ref, set_field
-from loraline.client.pipeline.spec import AskSpec, BaseModelSpec, DatasetSpec, PipelineSpec, ServeSpec, TrainSpec
+from loraline.client.pipeline.reading_serve import read_ask, read_serve
+from loraline.client.pipeline.spec import BaseModelSpec, DatasetSpec, PipelineSpec, TrainSpec
 from loraline.client.pipeline.training_params import read_training_params
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,40}")
-_ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 SECTIONS = ("name", "base_model", "sources", "datasets", "train", "merge", "serve", "ask")
 _SPLIT_KEYS = {"validation_fraction", "seed"}
 
@@ -45,8 +44,8 @@ def read_pipeline(file: Path | str) -> PipelineSpec:
         datasets=datasets,
         train=train,
         merge=merge,
-        serve=_read_serve(entries["serve"]) if _wanted(entries, "serve") else None,
-        ask=_read_ask(entries["ask"], path.parent, datasets) if "ask" in entries else None,
+        serve=read_serve(entries["serve"]) if _wanted(entries, "serve") else None,
+        ask=read_ask(entries["ask"], path.parent, datasets) if "ask" in entries else None,
     )
     _check_order(spec, entries)
     if root.problems:
@@ -239,72 +238,3 @@ def _read_merge(node: Node) -> merger_pb2.MergeRequest:
     if node.value is not True:
         fill(request, node, without=("request_id", "name", "adapters", "base_model", "labels", "combine"))
     return request
-
-
-def _read_serve(node: Node) -> ServeSpec:
-    if node.value is True:
-        return ServeSpec()
-    entries = node.mapping("true, or a mapping with model, adapter, alias")
-    node.only(["model", "adapter", "alias"])
-    merged = False
-    if "model" in entries:
-        merged = entries["model"].value == "merged"
-        if entries["model"].value not in ("base", "merged"):
-            entries["model"].fault("must be `base` or `merged`.")
-    adapter = not merged
-    if "adapter" in entries:
-        adapter = entries["adapter"].value is True
-        if not isinstance(entries["adapter"].value, bool):
-            entries["adapter"].fault("must be true or false.")
-        elif adapter and merged:
-            entries["adapter"].fault("is in the merged model already; leave it out, or serve `model: base`.")
-    alias = entries["alias"].text() if "alias" in entries else "production"
-    if alias and not _ALIAS.fullmatch(alias):
-        entries["alias"].fault("must be lower-case letters, digits, `-`, `_` and `.`, starting with a letter.")
-    return ServeSpec(merged=merged, adapter=adapter, alias=alias)
-
-
-def _read_ask(node: Node, folder: Path, datasets: dict[str, DatasetSpec]) -> AskSpec:
-    entries = dict(node.mapping())
-    prompts = entries.pop("prompts", None)
-    system = entries.pop("system_prompt", None)
-    markers_node = entries.pop("markers", None)
-    sampling = inference_pb2.SamplingParameters()
-    fill(sampling, Node(entries, node.line, node.path, node.problems), without=("n",))
-    groups: dict[str, tuple[str, ...]] = {}
-    markers: tuple[str, ...] = ()
-    if prompts is None:
-        node.fault("needs `prompts`: a file, or a list of questions.")
-    elif isinstance(prompts.value, str):
-        groups, markers = _read_prompts(folder / prompts.value)
-    else:
-        groups = {"prompts": tuple(child.text() for child in prompts.sequence("a file, or a list of questions"))}
-    if markers_node is not None:
-        markers = tuple(child.text() for child in markers_node.sequence())
-    shared = _shared_system_prompt(datasets)
-    return AskSpec(groups, sampling, system.text() if system is not None else shared, markers)
-
-
-def _read_prompts(file: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Read a prompts file: a list, or groups of questions with an optional group `markers`."""
-    root = read_yaml(file)
-    if isinstance(root.value, list):
-        groups = {"prompts": tuple(child.text() for child in root.value)}
-    else:
-        groups = {
-            name: tuple(child.text() for child in group.sequence("a list of questions"))
-            for name, group in root.mapping("a list of questions, or groups of them").items()
-        }
-    if root.problems:
-        raise SpecError(file, root.problems)
-    return groups, groups.pop("markers", ())
-
-
-def _shared_system_prompt(datasets: dict[str, DatasetSpec]) -> str:
-    """Return the system prompt that all converted datasets teach; empty when they differ."""
-    prompts = {
-        dataset.request.source.system_prompt.replace("{character}", dataset.request.source.character)
-        for dataset in datasets.values()
-        if isinstance(dataset.request, datagen_pb2.ConvertDatasetRequest)
-    }
-    return prompts.pop() if len(prompts) == 1 else ""

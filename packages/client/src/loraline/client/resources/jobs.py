@@ -67,7 +67,7 @@ class AsyncJobs:
         """Yield a job's events, each once and in order, until the job has ended.
 
         A stream that breaks is taken up again after the last event seen, so that nothing is missed while a server
-        restarts; the failure is raised only when no server answers for a minute. A PAUSED job keeps the stream open.
+        restarts; the failure is raised only when no server answers for two minutes. A PAUSED job keeps the stream open.
         """
         endpoint, stub = self._of(name)
         patience: Patience | None = None

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from mmap import mmap
 
 import urllib3
 from minio import Minio
@@ -24,25 +25,28 @@ _PIECE = 256 * 1024
 
 
 class Buffers:
-    """A bounded set of buffers of one part each; they are freed when none is in use."""
+    """A bounded set of buffers of one part each; they are freed when none is in use.
+
+    They are mapped, not allocated: the allocator would keep what is freed, and hand out other memory the next time.
+    """
 
     def __init__(self, count: int, size: int):
         self.size = size
-        self._free: list[bytearray] = []
+        self._free: list[mmap] = []
         self._used = 0
         self._count = count
         self._changed = threading.Condition()
 
-    def take(self, size: int = 0) -> bytearray:
+    def take(self, size: int = 0) -> mmap:
         """Wait for a buffer; `size` is for files so large that parts of the usual size would be too many."""
         with self._changed:
             self._changed.wait_for(lambda: self._used < self._count)
             self._used += 1
             if size > self.size:
-                return bytearray(size)
-            return self._free.pop() if self._free else bytearray(self.size)
+                return mmap(-1, size)
+            return self._free.pop() if self._free else mmap(-1, self.size)
 
-    def give(self, buffer: bytearray) -> None:
+    def give(self, buffer: mmap) -> None:
         """Return a buffer."""
         with self._changed:
             self._used -= 1
@@ -123,7 +127,7 @@ class Transfer:
             raise
         return FileEntry(planned.path, total, hasher.hexdigest())
 
-    def _send_part(self, key: str, upload: str, number: int, buffer: bytearray, data: memoryview) -> Part:
+    def _send_part(self, key: str, upload: str, number: int, buffer: mmap, data: memoryview) -> Part:
         try:
             self._check_going_on()
             etag = self.client._upload_part(self.bucket, key, data, {}, upload, number)  # type: ignore[arg-type]
@@ -165,7 +169,7 @@ class Transfer:
         return ordered.hexdigest()
 
     def _read_range(
-        self, key: str, start: int, length: int, target: int | None, ordered: _OrderedHash, buffer: bytearray
+        self, key: str, start: int, length: int, target: int | None, ordered: _OrderedHash, buffer: mmap
     ) -> None:
         try:
             self._check_going_on()
@@ -211,11 +215,11 @@ class _OrderedHash:
         self._hash = hashlib.sha256()
         self._buffers = buffers
         self._next = 0
-        self._waiting: dict[int, tuple[bytearray, int]] = {}
+        self._waiting: dict[int, tuple[mmap, int]] = {}
         self._lock = threading.Lock()
         self._busy = self._stopped = False
 
-    def add(self, start: int, buffer: bytearray, length: int) -> None:
+    def add(self, start: int, buffer: mmap, length: int) -> None:
         """Take a part; whoever brings the part that is next hashes it and those that wait behind it."""
         with self._lock:
             self._waiting[start] = (buffer, length)
@@ -248,7 +252,7 @@ class _OrderedHash:
         return self._hash.hexdigest()
 
 
-def _fill(source: int, buffer: bytearray) -> memoryview:
+def _fill(source: int, buffer: mmap) -> memoryview:
     view, done = memoryview(buffer), 0
     while done < len(view) and (count := os.readv(source, [view[done:]])):
         done += count
