@@ -75,9 +75,8 @@ def test_secrets_are_made_once_and_the_key_opens(tmp_path: Path, monkeypatch: py
     first = {p.name: p.read_text() for p in (tmp_path / "secrets").iterdir()}
     assert module.main() == 0
     assert {p.name: p.read_text() for p in (tmp_path / "secrets").iterdir()} == first
-    wanted = {
-        Path(s["file"]).name for s in yaml.safe_load((ROOT / "docker-compose.yml").read_text())["secrets"].values()
-    }
+    declared = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["secrets"]
+    wanted = {Path(secret["file"]).name for secret in declared.values()}
     assert wanted <= set(first)
     principal = KeyRing(tmp_path / "secrets" / "api_keys.json").verify(first["api_key"].strip())
     assert principal

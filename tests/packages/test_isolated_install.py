@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("datagen", "trainer", "merger", "inference")
 HEAVY = ("torch", "transformers", "vllm", "peft", "trl", "datasets", "pandas")
 # Names and greatest size in MB (site-packages as installed, without bytecode). The bounds are 1.5 times what was seen,
 # so that a new dependency of weight does not slip in.
@@ -138,9 +139,7 @@ def _health(environment: Environment, port: int, service: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    ("environment", "stage"), [(s, s) for s in ("datagen", "trainer", "merger", "inference")], indirect=["environment"]
-)
+@pytest.mark.parametrize(("environment", "stage"), [(stage, stage) for stage in STAGES], indirect=["environment"])
 def test_stage_starts_alone(environment: Environment, stage: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     with _service(environment, stage, data) as port:
@@ -154,8 +153,7 @@ def test_stage_starts_alone(environment: Environment, stage: str, tmp_path: Path
 
 @pytest.mark.parametrize("environment", ["client"], indirect=True)
 def test_client_command_explains_itself(environment: Environment) -> None:
-    done = subprocess.run(
-        [environment.folder / "bin" / "loraline", "--help"], capture_output=True, text=True, timeout=60
-    )
+    command = environment.folder / "bin" / "loraline"
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "run" in done.stdout

@@ -1,4 +1,4 @@
-"""The two ways to deploy the platform, started for real: one process, or four with an S3 server and Postgres between."""
+"""The two ways to deploy the platform, started for real: one process, or four with S3 and Postgres between them."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class VllmEngine:
         figures = final.prompt_logprobs if final is not None else None
         if figures is None:
             raise EngineDead("vLLM returned no prompt log-probabilities")
-        return [_logprob(figures[position], token) for position, token in enumerate(ids) if position > 0]
+        return [float(figures[position][token].logprob) for position, token in enumerate(ids) if position > 0]
 
     async def healthy(self) -> bool:
         """Tell whether the engine core is alive."""
@@ -289,10 +289,6 @@ def _pieces(output: RequestOutput) -> list[Piece]:
             waited = max(0.0, stats.scheduled_ts - stats.queued_ts) if stats and stats.scheduled_ts else None
         pieces.append(Piece(answer.index, answer.text, list(answer.token_ids), reason, waited))  # type: ignore[arg-type]
     return pieces
-
-
-def _logprob(candidates: Any, token: int) -> float:
-    return float(candidates[token].logprob)
 
 
 def _first_cause(text: str) -> str:
