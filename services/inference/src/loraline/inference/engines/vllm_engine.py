@@ -160,7 +160,7 @@ class VllmEngine:
         figures = final.prompt_logprobs if final is not None else None
         if figures is None:
             raise EngineDead("vLLM returned no prompt log-probabilities")
-        return [float(figures[position][token].logprob) for position, token in enumerate(ids) if position > 0]
+        return [float(at[token].logprob) for at, token in zip(figures, ids, strict=False) if at is not None]
 
     async def healthy(self) -> bool:
         """Tell whether the engine core is alive."""
