@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the secrets of docker-compose.yml into deploy/compose/secrets: random, readable by their owner and by uid 10001.
+"""Writes the secrets of docker-compose.yml into deploy/compose/secrets: random, readable by owner and containers.
 
 Needs nothing but Python. Existing files are kept, so it is safe to repeat. The API key for clients is then in the file
 `api_key`; the services only see its hash in `api_keys.json`.

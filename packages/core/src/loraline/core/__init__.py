@@ -1,0 +1,1 @@
+"""What the stages share: artifacts, jobs, serving, evidence, diagnostics. Never torch."""
