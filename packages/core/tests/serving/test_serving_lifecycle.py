@@ -72,17 +72,22 @@ def get(address, path):
 async def test_health_is_not_serving_when_the_database_is_gone(server):
     async with server() as running, grpc.aio.insecure_channel(running.addresses.grpc) as channel:
         database = running.settings.data_dir / "loraline.db"
-        moved = database.with_name("elsewhere")
-        for suffix in ("-wal", "-shm"):
-            database.with_name(database.name + suffix).unlink(missing_ok=True)
-        database.rename(moved)
+        elsewhere = database.with_name("elsewhere")
+        elsewhere.mkdir()
+        # The journal belongs to the database: without it the file would come back older than it went.
+        for file in database.parent.glob("loraline.db*"):
+            file.rename(elsewhere / file.name)
         database.mkdir()  # a folder cannot be opened as a database
         # Connections that are open already would go on with the moved file.
         running.component.extra["platform"].database.engine.dispose()
         await until(lambda: _is(channel, JOBS, NOT_SERVING))
         assert await health(channel) == NOT_SERVING
+        running.component.extra["platform"].database.engine.dispose()
+        for file in database.parent.glob("loraline.db-*"):
+            file.unlink()
         database.rmdir()
-        moved.rename(database)
+        for file in elsewhere.iterdir():
+            file.rename(database.parent / file.name)
         await until(lambda: _is(channel, JOBS, SERVING))
 
 

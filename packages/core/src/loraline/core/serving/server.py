@@ -29,6 +29,7 @@ from loraline.core.serving.addresses import (
 from loraline.core.serving.component import Component, ComponentBuilder, Platform
 from loraline.core.serving.grpc_metrics import GrpcMetrics
 from loraline.core.serving.health import HealthMonitor, HealthServicer
+from loraline.core.serving.housekeeping import keep_house
 from loraline.core.serving.http import AppServer, MetricsServer
 from loraline.core.serving.http_auth import HttpKeyAuth
 from loraline.core.serving.interceptor import PlatformInterceptor
@@ -87,6 +88,7 @@ class PlatformServer:
         self._started: list[Component] = []
         self._apps: list[AppServer] = []
         self._metrics_server: MetricsServer | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
 
     async def serve(self, ready: Callable[[ServerAddresses], None] | None, stop: asyncio.Event) -> None:
@@ -118,6 +120,7 @@ class PlatformServer:
             for runner in self._runners:
                 await runner.start()
             await self._grpc.start()
+            self._housekeeping = asyncio.create_task(keep_house(self.platform.library))
             return await self._start_http(address, sockets)
         except BaseException:
             for listener in sockets.values():
@@ -210,6 +213,8 @@ class PlatformServer:
 
     async def _stop(self) -> None:
         """Stop whatever is still running; also the way out of a failed start and of a cancelled task."""
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
         await self.health.stop()
         if self._grpc is None:
             return
