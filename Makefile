@@ -30,7 +30,7 @@ test-fast: setup-dev ## The tests that take seconds
 
 check: lint types imports check-proto check-docs ## Everything that reads the code without running it
 
-lint: setup-dev ## ruff, and file lengths
+lint: setup-dev ## ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 

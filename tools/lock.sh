@@ -36,7 +36,7 @@ compile all.txt "$api" "$core[s3,postgres,testing]" "$client" ./packages/allinon
 # The tools, at versions that live with all.txt.
 compile dev.txt "-r dev.in" -- -c requirements/all.txt
 # One file per image.
-compile datagen.txt "$api" "$core[s3,postgres]" ./services/datagen
+compile datagen.txt "$api" "$core[s3,postgres]" "./services/datagen[parquet]"
 compile trainer.txt "$api" "$core[s3,postgres]" "./services/trainer[engine,quantization]"
 compile merger.txt "$api" "$core[s3,postgres]" "./services/merger[engine]"
 compile inference-cpu.txt "$api" "$core[s3,postgres]" "./services/inference[cpu]"

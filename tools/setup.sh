@@ -20,6 +20,7 @@ digest=$(cat "${inputs[@]}" | cksum)
 if [[ -f $stamp && $(cat "$stamp") == "$digest" ]]; then exit 0; fi
 
 [[ -x $venv/bin/python ]] || { say "making $venv"; "$python" -m venv "$venv"; }
+[[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade >/dev/null
 [[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 export VIRTUAL_ENV=$PWD/$venv
 [[ $venv == /* ]] && export VIRTUAL_ENV=$venv

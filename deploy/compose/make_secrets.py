@@ -18,16 +18,18 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent / "secrets"
 
 
-def _write(name: str, text: str) -> None:
+def _write(name: str, text: str, mode: int = 0o644) -> None:
+    """Write a secret. Containers run as uid 10001 and see the file's own mode, hence 0644 behind a folder of 0700."""
     path = FOLDER / name
+    path.touch(mode)
+    path.chmod(mode)
     path.write_text(text, encoding="utf-8")
-    # The containers run as uid 10001 and bind-mounted secrets keep their mode; the folder itself is closed to others.
-    path.chmod(0o644)
 
 
 def main() -> int:
     """Write what is missing and say where it is."""
-    FOLDER.mkdir(mode=0o755, exist_ok=True)
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    FOLDER.chmod(0o700)
     for name in ("postgres_password", "minio_secret_key"):
         if not (FOLDER / name).exists():
             _write(name, secrets.token_urlsafe(24))
@@ -43,7 +45,7 @@ def main() -> int:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         _write("api_keys.json", json.dumps({"keys": [entry]}, indent=2) + "\n")
-        _write("api_key", f"lora_{identity}_{secret}\n")
+        _write("api_key", f"lora_{identity}_{secret}\n", mode=0o600)
     print(f"secrets are in {FOLDER}; clients: export LORALINE_API_KEY=$(cat {FOLDER / 'api_key'})")
     return 0
 

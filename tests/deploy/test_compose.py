@@ -72,6 +72,8 @@ def test_secrets_are_made_once_and_the_key_opens(tmp_path: Path, monkeypatch: py
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "FOLDER", tmp_path / "secrets")
     assert module.main() == 0
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "secrets" / "api_key").stat().st_mode & 0o777 == 0o600
     first = {p.name: p.read_text() for p in (tmp_path / "secrets").iterdir()}
     assert module.main() == 0
     assert {p.name: p.read_text() for p in (tmp_path / "secrets").iterdir()} == first

@@ -78,7 +78,11 @@ def _stop(deployment: Deployment) -> None:
 
 
 # Small engine settings, so that two engines fit beside everything else on a small machine.
-ENGINE = {"LORALINE_INFERENCE_KV_CACHE_GIB": "1", "LORALINE_INFERENCE_MAX_MODEL_LEN": "512"}
+ENGINE = {
+    "LORALINE_INFERENCE_ENGINE": "vllm",
+    "LORALINE_INFERENCE_KV_CACHE_GIB": "1",
+    "LORALINE_INFERENCE_MAX_MODEL_LEN": "512",
+}
 
 
 @contextmanager

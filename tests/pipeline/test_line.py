@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 
+from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.client import Loraline, LoralineApiError, parse_ref
 from pipeline_deployments import DEPLOYMENTS, Deployment
 
@@ -134,6 +135,13 @@ def test_adapter_answers_otherwise_than_base(finished: list[dict[str, Any]], cli
     assert base.text != tuned.text
 
 
+def test_vllm_answers_and_the_contract_says_what_it_takes(finished: list[dict[str, Any]], client: Loraline) -> None:
+    capabilities = client.inference.capabilities()
+    assert capabilities.engine == "vllm"
+    assert capabilities.contract.max_lora_rank >= 8
+    assert capabilities.contract.vocab_size > 0
+
+
 def test_openai_client_streams_from_the_adapter(finished: list[dict[str, Any]], deployment: Deployment) -> None:
     client = openai.OpenAI(base_url=f"{deployment.http}/v1", api_key=deployment.key, max_retries=0)
     assert any(model.id.startswith("mareva") for model in client.models.list())
@@ -165,3 +173,13 @@ def test_unknown_artifacts_say_what_there_is(finished: list[dict[str, Any]], cli
         client.artifacts.show(parse_ref("adapter/nobody"))
     assert missing.value.code == "NOT_FOUND"
     assert "mareva" in missing.value.message
+
+
+def test_merged_model_is_proven_and_answers_like_the_adapter(finished: list[dict[str, Any]], client: Loraline) -> None:
+    """Last in this file: it replaces the base that the engine serves."""
+    question = "今天过得好吗？"
+    tuned = client.inference.answer("mareva@production", question, temperature=0, max_tokens=16)
+    merged = client.artifacts.show("model/mareva").ref
+    served = client.inference.load_model(BaseModel(artifact=merged))
+    assert served.proof.mean_abs_diff_from_trainer <= served.proof.bound
+    assert client.inference.answer("", question, temperature=0, max_tokens=16).text == tuned.text

@@ -152,7 +152,7 @@ class _ExistingRunPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exi
     EXISTING_RUN_POLICY_OVERWRITE: _ExistingRunPolicy.ValueType  # 2
     """Delete its checkpoints and start anew."""
     EXISTING_RUN_POLICY_BACKUP_AND_RESTART: _ExistingRunPolicy.ValueType  # 3
-    """Keep its state under another name and start anew."""
+    """Keep its jobs and artifacts and start anew: the run's next adapter is a new version of the same name."""
     EXISTING_RUN_POLICY_CONTINUE: _ExistingRunPolicy.ValueType  # 4
     """Go on from its last good checkpoint."""
 
@@ -166,7 +166,7 @@ EXISTING_RUN_POLICY_FAIL: ExistingRunPolicy.ValueType  # 1
 EXISTING_RUN_POLICY_OVERWRITE: ExistingRunPolicy.ValueType  # 2
 """Delete its checkpoints and start anew."""
 EXISTING_RUN_POLICY_BACKUP_AND_RESTART: ExistingRunPolicy.ValueType  # 3
-"""Keep its state under another name and start anew."""
+"""Keep its jobs and artifacts and start anew: the run's next adapter is a new version of the same name."""
 EXISTING_RUN_POLICY_CONTINUE: ExistingRunPolicy.ValueType  # 4
 """Go on from its last good checkpoint."""
 Global___ExistingRunPolicy: _TypeAlias = ExistingRunPolicy  # noqa: Y015
@@ -421,9 +421,9 @@ class TrainingParameters(_message.Message):
     quantization: Global___Quantization.ValueType
     """How the base is held."""
     gradient_checkpointing: _builtins.bool
-    """Recompute activations to save memory; unset means when memory asks for it."""
+    """Recompute activations to save memory; unset means off."""
     packing: _builtins.bool
-    """Several rows in one sequence without attention between them; unset means when it is faster."""
+    """Several rows in one sequence without attention between them; unset means off."""
     save_steps: _builtins.int
     """Optimizer steps between checkpoints; 0 means about ten a run."""
     keep_checkpoints: _builtins.int
@@ -529,7 +529,7 @@ class ServingContract(_message.Message):
     vocab_size: _builtins.int
     """Rows of the vocabulary; 0 for unknown."""
     dtype: _builtins.str
-    """Weight type."""
+    """Weight type of the engine. Kept with the job for the record; adapters are cast when they are loaded."""
     max_model_len: _builtins.int
     """Longest sequence in tokens; 0 for unknown."""
     @_builtins.property
@@ -538,7 +538,7 @@ class ServingContract(_message.Message):
 
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Library versions by distribution name."""
+        """Library versions by distribution name. Kept with the job for the record."""
 
     def __init__(
         self,
@@ -1011,7 +1011,7 @@ class PlanRunResponse(_message.Message):
 
     @_builtins.property
     def memory_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Memory needed by part, in bytes: weights, optimizer, gradients, activations."""
+        """Memory needed by part, in bytes, as far as it is known before loading; `weights_on_disk` always."""
 
     @_builtins.property
     def resolved(self) -> Global___TrainRequest:
@@ -1175,7 +1175,7 @@ class Checkpoint(_message.Message):
     """Evaluation loss at that step, when there is one."""
     @_builtins.property
     def artifact(self) -> _artifact_pb2.ArtifactRef:
-        """Where it lies in the store."""
+        """Where it lies in the store; unset while it lies in the job's work folder only."""
 
     def __init__(
         self,
