@@ -18,11 +18,13 @@ from typing import Any
 import openai
 import pytest
 
+from loraline.api.inference.v1.inference_pb2 import SamplingParameters
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.client import Loraline, LoralineApiError, parse_ref
 from pipeline_deployments import DEPLOYMENTS, Deployment
 
 ROOT = Path(__file__).resolve().parents[2]
+GREEDY = SamplingParameters(temperature=0, max_tokens=24)
 PIPELINE = Path(__file__).parent / "small_persona.yaml"
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -130,8 +132,8 @@ def test_running_again_repeats_nothing(
 
 def test_adapter_answers_otherwise_than_base(finished: list[dict[str, Any]], client: Loraline) -> None:
     question = "晚上好！"
-    base = client.inference.answer("", question, temperature=0, max_tokens=24)
-    tuned = client.inference.answer("mareva@production", question, temperature=0, max_tokens=24)
+    base = client.inference.answer("", question, sampling=GREEDY)
+    tuned = client.inference.answer("mareva@production", question, sampling=GREEDY)
     assert base.text != tuned.text
 
 
@@ -171,15 +173,15 @@ def test_wrong_keys_are_refused_on_both_doors(
 def test_unknown_artifacts_say_what_there_is(finished: list[dict[str, Any]], client: Loraline) -> None:
     with pytest.raises(LoralineApiError) as missing:
         client.artifacts.show(parse_ref("adapter/nobody"))
-    assert missing.value.code == "NOT_FOUND"
+    assert missing.value.code.name == "NOT_FOUND"
     assert "mareva" in missing.value.message
 
 
 def test_merged_model_is_proven_and_answers_like_the_adapter(finished: list[dict[str, Any]], client: Loraline) -> None:
     """Last in this file: it replaces the base that the engine serves."""
     question = "今天过得好吗？"
-    tuned = client.inference.answer("mareva@production", question, temperature=0, max_tokens=16)
+    tuned = client.inference.answer("mareva@production", question, sampling=GREEDY)
     merged = client.artifacts.show("model/mareva").ref
     served = client.inference.load_model(BaseModel(artifact=merged))
     assert served.proof.mean_abs_diff_from_trainer <= served.proof.bound
-    assert client.inference.answer("", question, temperature=0, max_tokens=16).text == tuned.text
+    assert client.inference.answer("", question, sampling=GREEDY).text == tuned.text

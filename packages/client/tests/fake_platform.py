@@ -403,7 +403,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     async def GetCapabilities(self, request, context):
         contract = trainer_pb2.ServingContract(max_lora_rank=64)
-        return inference_pb2.GetCapabilitiesResponse(engine="fake", base=self.base(), contract=contract)
+        loaded = {"engine": "fake", "base": self.base()} if self.p.base is not None else {}
+        return inference_pb2.GetCapabilitiesResponse(contract=contract, **loaded)
 
     async def ListModels(self, request, context):
         return inference_pb2.ListModelsResponse(models=[self.base(), *self.p.adapters.values()])

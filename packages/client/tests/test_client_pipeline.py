@@ -166,6 +166,19 @@ async def test_a_pipeline_runs_and_a_second_run_does_nothing_again(client, platf
     assert platform.calls == calls, "nothing is watched, loaded or promoted again"
 
 
+async def test_training_is_held_to_the_servers_settings_while_no_model_is_served(client, platform, pipeline):
+    observer, later = Silent(), Silent()
+    assert platform.base is None
+    await run(client, pipeline, observer)
+    request = trainer_pb2.TrainRequest()
+    assert next(job for job in platform.jobs.values() if job.kind == "trainer.train").spec.Unpack(request)
+    assert request.serving_contract.max_lora_rank == 64
+    assert any("no model is served yet" in remark for remark in observer.remarks)
+    assert platform.calls.count("LoadModel") == 1
+    await run(client, edited(pipeline, "epochs: 3", "epochs: 4"), later)
+    assert not any("no model is served" in remark for remark in later.remarks)
+
+
 async def test_a_change_does_only_what_depends_on_it_again(client, platform, pipeline):
     await run(client, pipeline)
     edited(pipeline, "epochs: 3", "epochs: 4")

@@ -101,6 +101,9 @@ async def test_paths_outside_the_allowed_folders_are_refused(running: Running, t
         source = datagen_pb2.ConvertSource(path=str(path))
         call = running.datagen.ConvertDataset(datagen_pb2.ConvertDatasetRequest(name="x", source=source))
         assert (await refused(call))[:2] == (grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED"), path
+    source = datagen_pb2.ConvertSource(path=str(running.root / "nothing.jsonl"))
+    call = running.datagen.ConvertDataset(datagen_pb2.ConvertDatasetRequest(name="x", source=source))
+    assert (await refused(call))[:2] == (grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND")
 
 
 async def test_what_is_not_served_is_refused_by_name(running: Running, persona: Path) -> None:

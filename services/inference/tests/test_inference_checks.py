@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
@@ -109,14 +110,19 @@ def test_paths_of_requests_need_permission(toy: Any) -> None:
     spec = BaseModel(path=str(toy.model))
     with pytest.raises(LoralineError) as caught:
         open_base(spec, library, CoreSettings(), trusted=False)
-    assert caught.value.reason == "PATH_NOT_ALLOWED"
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED")
+    missing = BaseModel(path=str(toy.model.parent / "nowhere"))
+    for trusted in (False, True):
+        with pytest.raises(LoralineError) as caught:
+            open_base(missing, library, CoreSettings(allowed_paths=[toy.model.parent]), trusted=trusted)
+        assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_PATH_MISSING")
     assert (
         open_base(spec, library, CoreSettings(allowed_paths=[toy.model.parent]), trusted=False).default_name == "base"
     )
     spec.trust_remote_code = True
     with pytest.raises(LoralineError) as caught:
         open_base(spec, library, CoreSettings(), trusted=True)
-    assert caught.value.reason == "REMOTE_CODE_REFUSED"
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.PERMISSION_DENIED, "REMOTE_CODE_REFUSED")
 
 
 def test_incomplete_model_folder_is_refused(toy: Any, tmp_path: Path, copy_adapter: Any) -> None:

@@ -186,6 +186,23 @@ async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
         assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
 
 
+async def test_quantised_training_is_refused_before_it_is_queued(tmp_path):
+    folder = tmp_path / "voice"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    async with running(tmp_path) as stage:
+        for name, evidence in (
+            ("facts", {"facts": {"quantization": "nf4"}}),
+            ("settings", {"settings": {"parameters": {"quantization": "QUANTIZATION_INT8"}}}),
+        ):
+            voice = stage.platform.library.publish(ADAPTER, name, folder, **evidence).ref
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stage.merger.Merge(request(voice))
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert "MERGE_BASE_ORIGINAL" in str(refused.value.details())
+        assert (await stage.platform.jobs.list())[0] == []
+
+
 async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter, monkeypatch):
     # Many small shards, each written slowly enough to be killed in the middle.
     base = make_base("llama", torch.float32, shard="9KB", num_hidden_layers=8)

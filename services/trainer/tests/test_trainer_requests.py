@@ -165,7 +165,8 @@ def test_an_incomplete_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_code_of_a_model_runs_only_when_the_operator_allowed_it(small_base: Path) -> None:
-    assert refused_path(small_base, [small_base], trust_remote_code=True).reason == "REMOTE_CODE_REFUSED"
+    error = refused_path(small_base, [small_base], trust_remote_code=True)
+    assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, "REMOTE_CODE_REFUSED")
 
 
 def test_a_base_remembers_what_it_was(small_base: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import stat
-import time
 from pathlib import Path
 
 import grpc
@@ -194,10 +193,13 @@ def test_names_and_roles_are_checked(tmp_path: Path):
     assert missing.value.reason == "KEY_NOT_FOUND" and "ann" in missing.value.message
 
 
-def test_verifying_a_key_takes_microseconds(tmp_path: Path):
+def test_a_key_is_hashed_once_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every call verifies its key, so a key that proved right must cost no more than a lookup."""
     ring = KeyRing(tmp_path / "keys.json")
     key = ring.create("ann", ["operate"])
-    begun = time.perf_counter()
-    for _ in range(2000):
-        ring.verify(key)
-    assert (time.perf_counter() - begun) / 2000 < 200e-6
+    first = ring.verify(key)
+    assert first is not None and first.name == "ann"
+    monkeypatch.setattr("loraline.core.serving.auth.hashlib", None)
+    assert ring.verify(key) == first
+    with pytest.raises(AttributeError):
+        ring.verify(key + "x")

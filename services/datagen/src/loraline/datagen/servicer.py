@@ -18,9 +18,10 @@ from loraline.api.datagen.v1 import datagen_pb2, datagen_pb2_grpc
 from loraline.api.job.v1 import job_pb2
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.core.jobs.handlers import JobHandler
+from loraline.core.server_paths import allowed_path
 from loraline.core.serving.component import Platform
 from loraline.datagen.config import DatagenSettings
-from loraline.datagen.convert.files import allowed_path, find_files
+from loraline.datagen.convert.files import find_files
 from loraline.datagen.llms.endpoint import from_environment, probe
 from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.metrics import DatagenMetrics
@@ -83,7 +84,7 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
         if source.WhichOneof("source") == "llm":
             endpoint_for(source.llm)
         if source.convert.WhichOneof("location") == "path":
-            path = allowed_path(source.convert.path, self._platform.settings.allowed_paths)
+            path = allowed_path(source.convert.path, self._platform.settings.allowed_paths, f"{field}.path")
             await asyncio.to_thread(find_files, path, source.convert.subpath)
 
     async def _resolve_sources(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.core.errors import failed_precondition
+from loraline.core.server_paths import allowed_path
 from loraline.datagen.config import DatagenSettings
 from loraline.datagen.convert.engine import ConvertCounts, convert
-from loraline.datagen.convert.files import SourceFiles, allowed_path, find_files
+from loraline.datagen.convert.files import SourceFiles, find_files
 from loraline.datagen.rows import Row
 from loraline.datagen.spec import convert_of, endpoint_of, llm_of, template_of
 from loraline.datagen.template.engine import generate
@@ -30,7 +31,7 @@ def locate(source: datagen_pb2.ConvertSource, allowed: list[Path], fetch: Fetch)
     if source.WhichOneof("location") == "artifact":
         folder = fetch(source.artifact)
         return find_files(folder, source.subpath, source.artifact.name, frozenset({"manifest.json"}))
-    return find_files(allowed_path(source.path, allowed), source.subpath)
+    return find_files(allowed_path(source.path, allowed, "source.path"), source.subpath)
 
 
 def convert_rows(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
@@ -15,6 +17,7 @@ from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref, parse_ref
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unavailable
+from loraline.core.server_paths import model_folder
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -80,7 +83,7 @@ def open_base(spec: BaseModel, library: ArtifactLibrary, settings: CoreSettings,
         folder, name = library.fetch(artifact), artifact.name
         resolved.artifact.CopyFrom(artifact)
     elif source == "path":
-        folder = _local_folder(spec.path, settings, trusted=trusted)
+        folder = model_folder(spec.path, None if trusted else settings.allowed_paths, "model.path")
         name = folder.name
     else:
         folder = _from_hub(spec)
@@ -115,22 +118,8 @@ def _check_remote_code(spec: BaseModel, settings: CoreSettings) -> None:
     name = format_ref(spec.artifact) if source == "artifact" else str(getattr(spec, source or "path"))
     if name not in settings.allow_remote_code:
         message = f"{name} may not run its own code here. An operator can allow it in LORALINE_ALLOW_REMOTE_CODE."
-        raise invalid_argument("REMOTE_CODE_REFUSED", message, model__trust_remote_code=message)
-
-
-def _local_folder(path: str, settings: CoreSettings, *, trusted: bool) -> Path:
-    folder = Path(path).expanduser().resolve()
-    allowed = [root.expanduser().resolve() for root in settings.allowed_paths]
-    if not trusted and not any(folder.is_relative_to(root) for root in allowed):
-        message = (
-            f"Folder {path} is not under LORALINE_ALLOWED_PATHS. Allow it there, or publish the model as an artifact."
-        )
-        raise invalid_argument("PATH_NOT_ALLOWED", message, model__path=message)
-    if not folder.is_dir():
-        raise invalid_argument(
-            "PATH_NOT_FOUND", f"There is no folder {path} on the server.", model__path="no such folder"
-        )
-    return folder
+        fields = {"model.trust_remote_code": "is not allowed for this model"}
+        raise LoralineError(grpc.StatusCode.PERMISSION_DENIED, "REMOTE_CODE_REFUSED", message, fields=fields)
 
 
 def _from_hub(spec: BaseModel) -> Path:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+
+from loraline.api.artifact.v1.artifact_pb2 import Artifact
 from loraline.core.errors import LoralineError, data_loss, failed_precondition
 from loraline.merger.weights.header import ShardHeader, read_header
 from loraline.merger.weights.layout import PICKLE_SUFFIXES, pickle_weights
@@ -127,6 +130,16 @@ def peft_only_reason(config: Mapping[str, Any], header: ShardHeader) -> str:
         return f"{extra[0]} is set"
     other = [tensor.name for tensor in header.tensors if not _FACTOR.match(tensor.name)]
     return f"{other[0]} is no LoRA factor" if other else ""
+
+
+def trained_quantised(artifact: Artifact) -> bool:
+    """Whether the adapter's manifest says that its base was quantised in training."""
+    value = str(MessageToDict(artifact.facts).get("quantization") or "")
+    if not value:
+        parameters = MessageToDict(artifact.settings).get("parameters")
+        value = str(parameters.get("quantization") or "") if isinstance(parameters, dict) else ""
+    value = value.lower().removeprefix("quantization_")
+    return value not in ("", "none", "auto", "unspecified")
 
 
 def _pair(header: ShardHeader, config: Mapping[str, Any]) -> tuple[Factors, ...]:

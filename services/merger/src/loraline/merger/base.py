@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.core.artifacts.refs import format_ref, parse_ref
-from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
+from loraline.core.errors import failed_precondition, unavailable
+from loraline.core.server_paths import model_folder
 from loraline.merger.adapter import BASE_FILE, Adapter
 
 
@@ -66,25 +64,8 @@ def bring_base(
     if source.artifact is not None:
         return BaseFolder(source, fetch(source.artifact), source.artifact.digest)
     if source.path:
-        return BaseFolder(source, allowed_folder(source.path, allowed, "base_model"))
+        return BaseFolder(source, model_folder(source.path, allowed, "base_model"))
     return BaseFolder(source, _download(source, workdir / "hub"))
-
-
-def allowed_folder(path: str, allowed: Sequence[Path], field: str) -> Path:
-    """Return a folder that was named by path.
-
-    PERMISSION_DENIED (PATH_NOT_ALLOWED) outside of LORALINE_ALLOWED_PATHS, links resolved; NOT_FOUND when missing.
-    """
-    folder = Path(os.path.realpath(Path(path).expanduser()))
-    if not any(folder.is_relative_to(os.path.realpath(root.expanduser())) for root in allowed):
-        listed = ", ".join(map(str, allowed)) or "none"
-        message = f"{path} is outside of the folders that may be named by path ({listed}). Set LORALINE_ALLOWED_PATHS."
-        fields = {field: "is not below an allowed folder"}
-        raise LoralineError(grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED", message, fields=fields)
-    if not folder.is_dir():
-        message = f"There is no folder {path} on the server. Check the path, or import the model as an artifact."
-        raise not_found("MODEL_PATH_MISSING", message, path=path)
-    return folder
 
 
 def _download(source: BaseSource, target: Path) -> Path:

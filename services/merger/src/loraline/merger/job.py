@@ -10,12 +10,11 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from loraline.api.artifact.v1 import artifact_pb2
-from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import resource_exhausted
 from loraline.core.jobs.context import JobContext
-from loraline.merger.adapter import open_adapter
+from loraline.merger.adapter import open_adapter, trained_quantised
 from loraline.merger.base import BaseFolder, BaseSource, bring_base, recorded_base
 from loraline.merger.config import MergerSettings
 from loraline.merger.spec import MergeSpec, merge_spec
@@ -42,7 +41,7 @@ def _merge(context: JobContext, spec: MergeSpec, settings: Mapping[str, Any]) ->
 
     refs = [(context.library.resolve(ref), weight) for ref, weight in spec.adapters]
     inputs = [
-        AdapterInput(context.fetch(ref), weight, format_ref(ref), trained_quantised(context, ref))
+        AdapterInput(context.fetch(ref), weight, format_ref(ref), trained_quantised(context.library.get(ref)))
         for ref, weight in refs
     ]
     base = _bring_base(context, spec, inputs[0].folder)
@@ -87,18 +86,6 @@ def _bring_base(context: JobContext, spec: MergeSpec, first_adapter: Any) -> Bas
     return bring_base(source, fetch=context.fetch, allowed=context.settings.allowed_paths, workdir=context.workdir)
 
 
-def trained_quantised(context: JobContext, ref: ArtifactRef) -> bool:
-    """Whether the adapter's manifest says that its base was quantised in training."""
-    artifact = context.library.get(ref)
-    facts = MessageToDict(artifact.facts)
-    value = str(facts.get("quantization") or "")
-    if not value:
-        parameters = MessageToDict(artifact.settings).get("parameters")
-        value = str(parameters.get("quantization") or "") if isinstance(parameters, dict) else ""
-    value = value.lower().removeprefix("quantization_")
-    return value not in ("", "none", "auto", "unspecified")
-
-
 def _watch(context: JobContext) -> Any:
     from loraline.merger.merging import MergeWatch
 
@@ -120,7 +107,7 @@ def _watch(context: JobContext) -> Any:
         if not message.startswith("merging"):
             context.progress(fraction=_MERGE_SHARE, message=message, unit="byte")
 
-    return MergeWatch(check=context.check_stop, bytes_done=bytes_done, stage=stage, note=context.note)
+    return MergeWatch(check=context.check_stop, bytes_done=bytes_done, stage=stage)
 
 
 def _facts(result: merger_pb2.MergeResult, base: BaseFolder, dtype: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraline.core.errors import LoralineError, failed_precondition, unsupported
+from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.probes import FILE_NAME as PROBES_FILE
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
 from loraline.core.evidence.receipt import load_receipt
@@ -16,14 +16,14 @@ from loraline.merger.check.findings import Finding
 from loraline.merger.check.folder import check_folder
 from loraline.merger.check.tokens import chat_template
 from loraline.merger.engines.deltas import LoraRows, RowSource
+from loraline.merger.engines.judgement import measure_merge
 from loraline.merger.engines.measure import Measurement
 from loraline.merger.engines.peft_merge import merge_with_peft
 from loraline.merger.engines.rendering import receipt_mismatches
 from loraline.merger.engines.streaming import StreamedMerge, write_merged
-from loraline.merger.measuring import measure_merge
 from loraline.merger.plan import MergePlan, make_plan, plan_fingerprint, stored_dtype
 from loraline.merger.repair import adopt_template, adopt_training, repair_folder
-from loraline.merger.spec import MeasureSettings, MergeBounds
+from loraline.merger.spec import MeasureSettings, MergeBounds, quantised_training
 from loraline.merger.sync import SyncedFile, compare_files, copy_base_files, write_dtype
 from loraline.merger.weights.layout import INDEX_FILE, WeightFiles, open_weights
 
@@ -58,7 +58,6 @@ class MergeWatch:
     check: Callable[[], None] = lambda: None
     bytes_done: Callable[[int, int], None] = lambda done, total: None
     stage: Callable[[str], None] = lambda message: None
-    note: Callable[[str], None] = lambda message: None
 
 
 @dataclass
@@ -109,10 +108,7 @@ def _quantised_training(one: AdapterInput, *, original: bool) -> list[str]:
     if not one.trained_quantised:
         return []
     if not original:
-        raise unsupported(
-            f"Choosing the base by measurement for {one.name}, which was trained on a quantised base,",
-            "Set merge_base to MERGE_BASE_ORIGINAL to merge into the base as published.",
-        )
+        raise quantised_training(one.name)
     return [f"{one.name} was trained on a quantised base and is merged into the base as published"]
 
 

@@ -17,7 +17,7 @@ from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
 from loraline.core.evidence.receipt import load_receipt
 from loraline.core.jobs.context import JobContext
-from loraline.merger.base import allowed_folder
+from loraline.core.server_paths import model_folder
 from loraline.merger.check.findings import Finding, from_error, gravest_first, loadable
 from loraline.merger.check.folder import check_folder
 from loraline.merger.repair import repair_folder
@@ -92,7 +92,7 @@ def _locate(
     if location.WhichOneof("location") == "artifact":
         ref = context.library.resolve(location.artifact)
         return context.fetch(ref), ref, format_ref(ref)
-    folder = allowed_folder(location.path, context.settings.allowed_paths, field)
+    folder = model_folder(location.path, context.settings.allowed_paths, field)
     return folder, None, folder.name
 
 

@@ -83,6 +83,14 @@ def require_kind(ref: ArtifactRef, kind: int, field: str) -> None:
         raise wrong_kind(field, artifact_pb2.ArtifactKind.Name(kind), artifact_pb2.ArtifactKind.Name(ref.kind))  # type: ignore[arg-type]
 
 
+def quantised_training(name: str) -> LoralineError:
+    """UNIMPLEMENTED for an adapter of a quantised training whose base the caller has not chosen."""
+    return unsupported(
+        f"Choosing the base by measurement for {name}, which was trained on a quantised base,",
+        "Set merge_base to MERGE_BASE_ORIGINAL to merge into the base as published.",
+    )
+
+
 def wrong_kind(field: str, wanted: str, found: str) -> LoralineError:
     """INVALID_ARGUMENT that names the field."""
     text = f"must be of kind {wanted}, is {found}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import grpc
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.artifacts.refs import format_ref
-from loraline.core.errors import LoralineError, failed_precondition, not_found
+from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.server_paths import model_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -84,28 +84,11 @@ def resolve_base(
         name = model.hub_id
         folder, resolved.revision = download(model.hub_id, model.revision)
     else:
-        name, folder = model.path, local_folder(model.path, allowed_paths)
+        name, folder = model.path, model_folder(model.path, allowed_paths, "base_model.path")
     if model.trust_remote_code and name not in remote_code:
         raise _remote_code_refused(name)
     check_folder(folder, name)
     return ResolvedBase(folder, resolved, model.trust_remote_code)
-
-
-def local_folder(path: str, allowed: Sequence[Path]) -> Path:
-    """Return a folder that a request named by path. PERMISSION_DENIED outside of the allowed folders."""
-    folder = Path(os.path.realpath(Path(path).expanduser()))
-    if not any(folder.is_relative_to(os.path.realpath(root.expanduser())) for root in allowed):
-        listed = ", ".join(map(str, allowed)) or "none"
-        message = (
-            f"The path {path} is outside of the folders that requests may name ({listed}). Set LORALINE_ALLOWED_PATHS."
-        )
-        error = LoralineError(grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED", message)
-        error.fields = {"base_model.path": "is not below an allowed folder"}
-        raise error
-    if not folder.is_dir():
-        message = f"There is no folder {path} on the server. Check the path, or import the model first."
-        raise not_found("MODEL_PATH_MISSING", message, path=path)
-    return folder
 
 
 def check_folder(folder: Path, name: str) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError
+from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
-from loraline.trainer.base_models import check_folder, local_folder, weight_files
+from loraline.trainer.base_models import check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.rows import LoadedDataset, load_dataset, mix
 from loraline.trainer.runs import refuse_existing
@@ -91,7 +92,8 @@ def _base_folder(request: pb.TrainRequest, platform: Platform, settings: Trainer
     if source == "artifact":
         folder = platform.library.fetch(platform.library.resolve(base.artifact))
     elif source == "path":
-        folder = local_folder(base.path, [*platform.settings.allowed_paths, *settings.models_dirs])
+        allowed = [*platform.settings.allowed_paths, *settings.models_dirs]
+        folder = model_folder(base.path, allowed, "base_model.path")
     else:
         return None
     check_folder(folder, base.path or base.artifact.name)

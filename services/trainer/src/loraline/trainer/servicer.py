@@ -13,8 +13,9 @@ from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.api.trainer.v1 import trainer_pb2_grpc
 from loraline.core.errors import invalid_argument, not_found, unsupported
 from loraline.core.jobs.handlers import JobHandler
+from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
-from loraline.trainer.base_models import check_folder, local_folder
+from loraline.trainer.base_models import check_folder
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.planning import plan
 from loraline.trainer.runs import refuse_existing, run_of
@@ -137,7 +138,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             exact.artifact.CopyFrom(await self._exact(model.artifact))
         elif model.HasField("path"):
             allowed = [*self._platform.settings.allowed_paths, *self._settings.models_dirs]
-            folder = await asyncio.to_thread(local_folder, model.path, allowed)
+            folder = await asyncio.to_thread(model_folder, model.path, allowed, "base_model.path")
             await asyncio.to_thread(check_folder, folder, model.path)
         return exact
 

@@ -186,10 +186,10 @@ class PipelineRun:
         serve = self._spec.serve
         if serve is None or serve.merged or not serve.adapter:
             return None
-        capabilities = await serving.capabilities(self._client)
-        if capabilities is None:
-            self._observer.remark("train", "no model is served yet: that the adapter fits is checked when it is loaded")
-            return None
+        capabilities = await self._client.inference.capabilities()
+        if not capabilities.HasField("base"):
+            text = "no model is served yet: the adapter is held to the server's settings, and checked when it is loaded"
+            self._observer.remark("train", text)
         contract = capabilities.contract
         return trainer_pb2.ServingContract(
             max_lora_rank=contract.max_lora_rank,

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 
-import grpc
-
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.inference.v1 import inference_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.aio import AsyncLoraline
-from loraline.client.errors import LoralineApiError
 from loraline.client.pipeline.plan import describe_base
 from loraline.client.pipeline.report import AskedPrompt, Observer, StageOutcome
 from loraline.client.pipeline.spec import AskSpec
@@ -40,22 +37,12 @@ async def serve(
     return StageOutcome("serve", how, seconds=0.0 if kept else seconds, served=served, detail=name)
 
 
-async def capabilities(client: AsyncLoraline) -> inference_pb2.GetCapabilitiesResponse | None:
-    """Return what the engine can serve; None while it has no model."""
-    try:
-        return await client.inference.capabilities()
-    except LoralineApiError as error:
-        if error.code is grpc.StatusCode.FAILED_PRECONDITION:
-            return None
-        raise
-
-
 async def _serve_base(
     client: AsyncLoraline, base: trainer_pb2.BaseModel, observer: Observer
 ) -> tuple[inference_pb2.ServedModel, bool]:
-    now = await capabilities(client)
-    if now is not None and base.artifact.digest and now.base.artifact.digest == base.artifact.digest:
-        return now.base, True
+    now = (await client.inference.capabilities()).base  # empty while no model is loaded
+    if base.artifact.digest and now.artifact.digest == base.artifact.digest:
+        return now, True
     observer.remark("serve", f"loading {describe_base(base)} into the engine")
     return await client.inference.load_model(base), False
 

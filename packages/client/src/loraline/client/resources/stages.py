@@ -9,13 +9,11 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2, datagen_pb2_grpc
 from loraline.api.job.v1 import job_pb2
 from loraline.api.merger.v1 import merger_pb2, merger_pb2_grpc
 from loraline.api.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 from loraline.client.calls import WORK_SECONDS, Endpoint, Endpoints, pages
-from loraline.client.resources.artifacts import Ref, as_ref
 
 
 class AsyncDatagen:
@@ -124,12 +122,6 @@ class AsyncMerger:
     async def export(self, request: merger_pb2.ExportModelRequest) -> job_pb2.Job:
         """Start an export for another runtime; the result is an ExportModelResult."""
         return await _start(self._endpoint, self._stub.ExportModel, request)
-
-
-def model_location(ref: Ref) -> merger_pb2.ModelLocation:
-    """Return the location message of a model artifact."""
-    target: artifact_pb2.ArtifactRef = as_ref(ref)
-    return merger_pb2.ModelLocation(artifact=target)
 
 
 async def _start(endpoint: Endpoint, method: Any, request: Any) -> job_pb2.Job:

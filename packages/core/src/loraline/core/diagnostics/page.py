@@ -31,7 +31,7 @@ _HEAD = """# Troubleshooting
 <!-- Made by `python -m loraline.core.diagnostics.page docs/troubleshooting.md`; edit the entries, not this page. -->
 
 Every error of Loraline carries a reason in capitals, and every reason has its place here: `PORT_TAKEN` is
-[`#port-taken`](#port-taken). The same texts are in error details, in `loraline doctor`, and here in English, 中文 and
+[`#port-taken`](#port-taken). An error's details link to its place; the texts are in English, 中文 and
 한국어.
 """
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from loraline.datagen.convert.problems import bad_location, path_denied
+from loraline.datagen.convert.problems import bad_location, missing_source, path_denied
 
 READABLE = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet"})
 ABOUT_THE_FOLDER = frozenset({"readme", "license", "licence", "notice", "changelog"})
@@ -30,19 +29,6 @@ class SourceFiles:
     ignored: list[str] = field(default_factory=list)
 
 
-def allowed_path(text: str, allowed: Sequence[Path]) -> Path:
-    """Return the real path of `text`; PERMISSION_DENIED unless it lies below an allowed folder, links resolved."""
-    path = Path(text)
-    if not path.is_absolute():
-        raise path_denied(text, "a path on the server must be absolute.")
-    real = Path(os.path.realpath(path))
-    roots = [Path(os.path.realpath(folder)) for folder in allowed]
-    if not any(real.is_relative_to(root) for root in roots):
-        # The same words for a missing and a forbidden path: the answer must not tell what exists elsewhere.
-        raise path_denied(text, "it is not below a folder that this server allows.")
-    return real
-
-
 def below(root: Path, subpath: str) -> Path:
     """Return `root`/`subpath`; typed errors when it would leave the root or does not exist."""
     relative = PurePosixPath(subpath)
@@ -55,9 +41,7 @@ def below(root: Path, subpath: str) -> Path:
         raise path_denied(subpath, "it is a link that leaves the source.")
     if not target.exists():
         there = ", ".join(sorted(p.name for p in root.iterdir())[:10]) if root.is_dir() else root.name
-        raise bad_location(
-            "SOURCE_NOT_FOUND", "source.subpath", f"{subpath!r} is not in the source.", f"There are: {there}"
-        )
+        raise missing_source(f"{subpath!r} is not in the source. There are: {there}.", "source.subpath")
     return target
 
 
@@ -69,7 +53,7 @@ def find_files(root: Path, subpath: str = "", label: str = "", own: frozenset[st
     """
     target = below(root, subpath) if subpath else root
     if not target.exists():
-        raise bad_location("SOURCE_NOT_FOUND", "source", f"{target.name!r} does not exist.", "Check the path")
+        raise missing_source(f"{target.name!r} does not exist. Check the path.", "source")
     base = root if root.is_dir() else root.parent
     named = tuple(part for part in (label or (root.name if root.is_dir() else ""),) if part)
     if target.is_file():

@@ -24,6 +24,11 @@ def bad_location(reason: str, field: str, what: str, remedy: str) -> LoralineErr
     return LoralineError(grpc.StatusCode.INVALID_ARGUMENT, reason, f"{what} {remedy}.", fields={field: what})
 
 
+def missing_source(message: str, field: str) -> LoralineError:
+    """Return the error for a source, or a part of it, that is not there."""
+    return LoralineError(grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND", message, fields={field: "does not exist"})
+
+
 def path_denied(path: str, why: str) -> LoralineError:
     """Return the error for a path outside the folders that the operator allowed."""
     return LoralineError(

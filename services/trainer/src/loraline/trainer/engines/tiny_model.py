@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, set_seed
@@ -14,6 +15,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config,
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.trainer.engines.tiny_tokenizer import save_tokenizer, train_tokenizer
 from loraline.trainer.tiny.texts import corpus_dialogues
+
+_EMBEDDING_DEVIATION = 0.2
 
 Report = Callable[[int, int, float], None]
 """Called after every step with the step, the steps in all and the loss."""
@@ -62,9 +65,6 @@ def create_tiny_model(
     set_seed(settings.seed)
     model = _new_model(tokenizer)
     losses = _pretrain(model, _encode(tokenizer, pairs), settings, report)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
     model.save_pretrained(folder, safe_serialization=True)
     save_tokenizer(tokenizer, folder)
     tail = losses[-max(1, len(losses) // 10) :]
@@ -72,9 +72,10 @@ def create_tiny_model(
 
 
 def _new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    own: Any = tokenizer
     config = Qwen2Config(
         # A multiple of 64 rows, as servers pad the vocabulary to.
-        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+        vocab_size=math.ceil(len(own) / 64) * 64,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
@@ -82,13 +83,35 @@ def _new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        initializer_range=0.02,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    _initialise(model)
+    model.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, do_sample=False
+    )
+    return model
+
+
+def _initialise(model: Qwen2ForCausalLM) -> None:
+    """Start wider than the usual 0.02, which wastes most of a minute's pretraining.
+
+    The embeddings above all: they are frozen when an adapter is trained, and are the output layer too. Tokens that the
+    corpus lacks keep their random vectors; only long ones can be told apart, and be given a high score, by an adapter
+    alone. Measured on 64 persona rows after 100 LoRA steps: loss 2.2 with 0.05, 0.01 with 0.2.
+    """
+    for name, weights in model.named_parameters():
+        if weights.dim() != 2:
+            continue
+        deviation = weights.shape[1] ** -0.5
+        if "embed_tokens" in name:
+            deviation = _EMBEDDING_DEVIATION
+        elif "o_proj" in name or "down_proj" in name:
+            deviation /= (2 * model.config.num_hidden_layers) ** 0.5
+        torch.nn.init.normal_(weights, std=deviation)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
@@ -117,7 +140,7 @@ def _batches(rows: list[list[int]], tokens: int, generator: random.Random) -> It
 def _pretrain(
     model: Qwen2ForCausalLM, rows: list[list[int]], settings: TinyModelSettings, report: Report
 ) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     pad = model.config.pad_token_id
     losses: list[float] = []
