@@ -191,11 +191,12 @@ async def test_quantised_training_is_refused_before_it_is_queued(tmp_path):
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
     async with running(tmp_path) as stage:
-        for name, evidence in (
-            ("facts", {"facts": {"quantization": "nf4"}}),
-            ("settings", {"settings": {"parameters": {"quantization": "QUANTIZATION_INT8"}}}),
-        ):
-            voice = stage.platform.library.publish(ADAPTER, name, folder, **evidence).ref
+        said: dict[str, Any] = {
+            "facts": {"quantization": "nf4"},
+            "settings": {"parameters": {"quantization": "QUANTIZATION_INT8"}},
+        }
+        for name, evidence in said.items():
+            voice = stage.platform.library.publish(ADAPTER, name, folder, **{name: evidence}).ref
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stage.merger.Merge(request(voice))
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
