@@ -12,7 +12,7 @@ from loraline.api.datagen.v1.datagen_pb2 import GenerateDatasetRequest
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client import JobNotSuccessful
-from loraline.client.pipeline.document import SpecError
+from loraline.client.pipeline.document import SpecError, read_yaml
 from loraline.client.pipeline.identity import request_id
 from loraline.client.pipeline.plan import plan
 from loraline.client.pipeline.reading import read_pipeline
@@ -239,3 +239,16 @@ async def test_the_merged_model_can_be_served_instead(client, platform, pipeline
         "probes",
         "measured merge",
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [1]\n" + "b: [" + "*a, " * 40 + "]\n", "[" * 100_000],
+    ids=["aliases of aliases", "nested without end"],
+)
+def test_files_that_would_explode_are_refused(tmp_path, text):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(text)
+    with pytest.raises(SpecError) as refused:
+        read_yaml(file)
+    assert str(file) in str(refused.value)

@@ -390,6 +390,8 @@ async def test_openai_errors(service: Service) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
         broken = await raw.post(f"{service.http}/chat/completions", content=b"{")
         assert (broken.status_code, broken.json()["error"]["code"]) == (400, "body_not_json")
+        half = await raw.post(f"{service.http}/completions", content=rb'{"model": "toy", "prompt": "\ud800"}')
+        assert (half.status_code, half.json()["error"]["code"]) == (400, "body_not_json")
 
 
 async def test_http_client_that_goes_away_frees_the_slot(service: Service) -> None:

@@ -13,6 +13,9 @@ import yaml
 
 from loraline.client.errors import LoralineApiError
 
+MOST_ALIASES = 32
+DEEPEST = 50
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -117,6 +120,7 @@ def read_yaml(file: Path) -> Node:
     problems: list[Problem] = []
     loader = yaml.SafeLoader(content)
     try:
+        _refuse_bombs(file, content)
         root = loader.get_single_node()
         return Node(None, 1, "", problems) if root is None else _node(loader, root, "", problems)
     except yaml.MarkedYAMLError as error:
@@ -127,6 +131,21 @@ def read_yaml(file: Path) -> Node:
         raise SpecError(file, [Problem(1, "", f"is not valid YAML: {error}.")]) from None
     finally:
         loader.dispose()
+
+
+def _refuse_bombs(file: Path, content: str) -> None:
+    """Refuse what a few lines can blow up: aliases of aliases (billions of nodes) and brackets without end."""
+    aliases = depth = 0
+    for event in yaml.parse(content, yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1
+        if aliases > MOST_ALIASES:
+            raise SpecError(
+                file, [Problem(line, "", f"has more than {MOST_ALIASES} aliases (`*name`); write them out.")]
+            )
+        if depth > DEEPEST:
+            raise SpecError(file, [Problem(line, "", f"is nested deeper than {DEEPEST} levels.")])
 
 
 def _node(loader: yaml.SafeLoader, node: yaml.Node, path: str, problems: list[Problem]) -> Node:

@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.calls import WORK_SECONDS, Endpoints, pages
+from loraline.client.errors import LoralineApiError
 from loraline.client.resources.artifacts import Ref, as_ref
 
 Conversation = str | Sequence[Mapping[str, str] | inference_pb2.Message]
@@ -124,9 +127,12 @@ class AsyncInference:
 
 def as_messages(messages: Conversation) -> list[inference_pb2.Message]:
     """Return a conversation given as text, dictionaries or messages."""
-    if isinstance(messages, str):
-        return [inference_pb2.Message(role="user", content=messages)]
-    return [entry if isinstance(entry, inference_pb2.Message) else inference_pb2.Message(**entry) for entry in messages]
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    try:
+        return [turn if isinstance(turn, inference_pb2.Message) else inference_pb2.Message(**turn) for turn in turns]
+    except UnicodeEncodeError:  # what Python makes of input that is no UTF-8
+        text = "The message is no valid text: it holds bytes that are not UTF-8."
+        raise LoralineApiError(grpc.StatusCode.INVALID_ARGUMENT, "NOT_TEXT", text) from None
 
 
 def collect(pieces: Sequence[inference_pb2.ChatResponse]) -> Answer:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.inference.engines.port import Constraint, Sampling
@@ -58,12 +58,20 @@ class HttpQuestion:
 async def read_body(request: Request) -> dict[str, Any]:
     """Return the JSON object of a request; INVALID_ARGUMENT otherwise."""
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY_BYTES:
-            raise invalid_argument("BODY_TOO_LARGE", f"The request is larger than {_MAX_BODY_BYTES} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _MAX_BODY_BYTES:
+                raise invalid_argument("BODY_TOO_LARGE", f"The request is larger than {_MAX_BODY_BYTES} bytes.")
+    except ClientDisconnect:
+        raise invalid_argument("BODY_NOT_JSON", "The request broke off before its body was complete.") from None
     try:
         content = json.loads(body)
+        # JSON can spell half of a surrogate pair, which no tokenizer takes.
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        text = f"The request holds half of a surrogate pair ({error.object[error.start]!a}), which is no text."
+        raise invalid_argument("BODY_NOT_JSON", text) from None
     except (ValueError, RecursionError) as error:
         raise invalid_argument("BODY_NOT_JSON", f"The request's body is no JSON: {error}") from error
     if not isinstance(content, dict):
