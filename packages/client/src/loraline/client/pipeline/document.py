@@ -139,7 +139,7 @@ def _refuse_bombs(file: Path, content: str) -> None:
     for event in yaml.parse(content, yaml.SafeLoader):
         aliases += isinstance(event, yaml.AliasEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if aliases > MOST_ALIASES:
             raise SpecError(
                 file, [Problem(line, "", f"has more than {MOST_ALIASES} aliases (`*name`); write them out.")]
