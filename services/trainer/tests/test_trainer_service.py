@@ -184,4 +184,4 @@ async def test_a_model_is_imported_without_pickles(
     names = {path.name for path in platform.library.fetch(result.model).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not names & {"training_args.bin", "run_me.py"}
-    assert result.parameters == 448 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 + 32 * 2 + 3 * 64 * 96 + 2 * 64) + 64
+    assert result.parameters == 448 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 + 32 * 2 + 3 * 64 * 128 + 2 * 64) + 64

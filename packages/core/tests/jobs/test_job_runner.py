@@ -168,7 +168,8 @@ async def test_concurrency_limit_and_observer(queue: JobQueue, start_runner: Sta
     assert most == 2
     await until(lambda: not runner.running, "the last supervisor")
     assert heard["started test.count"] == heard["SUCCEEDED test.count"] == 3
-    assert heard["queue_state"] >= 1 and heard["takeover"] == 0
+    await until(lambda: heard["queue_state"] >= 1, "a report of the queue")
+    assert heard["takeover"] == 0
 
 
 @on_sqlite

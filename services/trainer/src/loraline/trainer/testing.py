@@ -44,7 +44,7 @@ def make_base(folder: Path, *, layers: int = 2, template: str | None = None) -> 
     config = Qwen2Config(
         vocab_size=448,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,

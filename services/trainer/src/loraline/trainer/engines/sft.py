@@ -45,7 +45,7 @@ class TrainedRun:
 
 
 class _Trainer(SFTTrainer):
-    """SFTTrainer with our order of rows."""
+    """SFTTrainer with our order of rows, and evaluations that leave the training as it was."""
 
     def __init__(self, *args: Any, lengths: list[int], order_seed: int, **kwargs: Any):
         self._lengths, self._order_seed = lengths, order_seed
@@ -53,6 +53,15 @@ class _Trainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(self._lengths, self.args.train_batch_size, self._order_seed)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without drawing from training's random numbers.
+
+        Otherwise a run paused where an evaluation was due would go on with other dropout than one never paused.
+        """
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none into checkpoints; the adapter gets its own."""
