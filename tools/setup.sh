@@ -24,6 +24,8 @@ if [[ -f $stamp && $(cat "$stamp") == "$digest" ]]; then exit 0; fi
 [[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 export VIRTUAL_ENV=$PWD/$venv
 [[ $venv == /* ]] && export VIRTUAL_ENV=$venv
+# As pip does: the certificates of the machine, for networks whose proxy has its own.
+export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-1}
 [[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
 uv() { "$venv/bin/uv" pip install --quiet --require-hashes --no-deps "$@"; }
 
