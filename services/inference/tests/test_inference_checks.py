@@ -147,9 +147,12 @@ def test_names_of_adapters() -> None:
         assert format_ref(ref).removeprefix("adapter/") == text.removeprefix("adapter/")
     assert adapter_ref("model/mareva") is None
     assert adapter_ref("No Such Name!") is None
-    one, two = internal_name("sha256:" + "a" * 64), internal_name("sha256:" + "b" * 64)
-    assert one != two
-    assert one.isalnum()
+    refs = [parse_ref("adapter/mareva:v1"), parse_ref("adapter/mareva:v2"), parse_ref("adapter/other:v1")]
+    for ref, letter in zip(refs, "abb", strict=True):
+        ref.digest = "sha256:" + letter * 64
+    internal = {internal_name(ref) for ref in refs}
+    assert len(internal) == 3
+    assert all(name.isalnum() for name in internal)
 
 
 async def test_resolution_is_remembered_for_a_moment() -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import grpc
 import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
@@ -320,3 +321,44 @@ async def test_merged_models_are_proven_against_the_adapter(
         await host.load_model(BaseModel(artifact=platform.library.publish(MODEL, "wrong", wrong).ref))
     assert caught.value.reason == "PROOF_FAILED"
     assert host.serving().name == "good"
+
+
+async def test_a_load_that_failed_for_good_is_not_called_loading(
+    make_host: MakeHost, platform: Platform, toy: Any
+) -> None:
+    CountingEngine.fail_folder = "toy"
+    host = make_host(model="model/toy")
+    await host.start()
+    with pytest.raises(LoralineError) as caught:
+        host.serving()
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "MODEL_NOT_READY")
+    assert caught.value.retry_after is not None
+    await until(lambda: "out of memory" in host.why_not_ready)
+    with pytest.raises(LoralineError) as caught:
+        await answer(host)
+    error = caught.value
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_LOAD_FAILED")
+    assert (error.retry_after, error.metadata["cause"]) == (None, "MODEL_LOAD_FAILED")
+    assert "out of memory" in error.message
+    assert "loraline models load" in error.message
+    CountingEngine.fail_folder = ""
+    await host.load_model(TOY)
+    assert await answer(host) == "0 1 2 "
+
+
+async def test_what_is_served_cannot_be_deleted_until_it_is_let_go(
+    make_host: MakeHost, platform: Platform, toy: Any
+) -> None:
+    host, library = make_host(), platform.library
+    refs = [library.publish(ADAPTER, name, toy.adapters[name]).ref for name in ("mareva", "selkie")]
+    await host.load_model(TOY)
+    await host.load_adapter(refs[0])
+    assert await answer(host, "selkie") == "0 1 2 "  # loaded by being asked
+    for ref in (*refs, parse_ref("model/toy:v1")):
+        with pytest.raises(LoralineError) as caught:
+            library.delete(ref, force=True)
+        assert caught.value.reason == "ARTIFACT_SERVED"
+    await host.unload_adapter("mareva:v1")
+    library.delete(refs[0])
+    await host.stop()
+    library.delete(refs[1])

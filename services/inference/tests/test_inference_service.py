@@ -394,6 +394,32 @@ async def test_openai_errors(service: Service) -> None:
         assert (half.status_code, half.json()["error"]["code"]) == (400, "body_not_json")
 
 
+async def test_http_lists_aliases_and_asks_for_a_model(service: Service, toy: Any) -> None:
+    ref = service.publish("speaker", toy.adapters["selkie"])
+    # Equal content under another name, as mareva:v2 has it, is an adapter of its own.
+    await service.call("SetAlias", pb.SetAliasRequest(adapter=ref, alias="production"))
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {service.key}"}) as client:
+        listed = {entry["id"]: entry for entry in (await client.get(f"{service.http}/models")).json()["data"]}
+        assert listed["speaker:v1"]["aliases"] == ["speaker@production"]
+        assert (listed["speaker@production"]["root"], listed["speaker:v1"]["parent"]) == ("speaker:v1", "toy")
+        for name in ("speaker@production", "speaker:v1", "speaker", "adapter/speaker:v1"):
+            entry = (await client.get(f"{service.http}/models/{name}")).json()
+            assert (entry["id"], entry["root"]) == (name, "speaker:v1")
+        missing = await client.get(f"{service.http}/models/speaker@staging")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+        for words in ("toy", "speaker:v1", "speaker@production", "loraline adapters load"):
+            assert words in missing.json()["error"]["message"]
+        questions = {
+            "chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+            "completions": {"prompt": "Hi"},
+        }
+        for path, body in questions.items():
+            for model in ({}, {"model": ""}, {"model": None}):
+                answer = await client.post(f"{service.http}/{path}", json=body | model)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+    await service.call("UnloadAdapter", pb.UnloadAdapterRequest(name="speaker"))
+
+
 async def test_http_client_that_goes_away_frees_the_slot(service: Service) -> None:
     body = {
         "model": "toy",

@@ -300,6 +300,7 @@ def test_aliases_and_their_history(place: Any) -> None:
     error = refused(lambda: library.delete(two))
     assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ARTIFACT_ALIASED")
     assert "@production" in error.message
+    assert "loraline artifacts alias dataset/d:v2 production --delete" in error.message
     assert library.delete_alias(DATASET, "d", "production", "cat").to_version == 0
     assert refused(lambda: library.delete_alias(DATASET, "d", "production")).reason == "ALIAS_NOT_FOUND"
     first, token = library.alias_changes(DATASET, "d", page_size=3)

@@ -50,8 +50,7 @@ class LocalBase:
     @property
     def described(self) -> str:
         """What people call it."""
-        source = self.spec.WhichOneof("source")
-        return format_ref(self.spec.artifact) if source == "artifact" else str(getattr(self.spec, source or "path"))
+        return describe_base(self.spec)
 
 
 def parse_base(text: str) -> BaseModel:
@@ -163,3 +162,11 @@ def _digest(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_base(spec: BaseModel | None) -> str:
+    """Return what a base model is called in messages."""
+    if spec is None:
+        return "no model"
+    source = spec.WhichOneof("source")
+    return format_ref(spec.artifact) if source == "artifact" else str(getattr(spec, source or "path"))

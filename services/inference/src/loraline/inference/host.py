@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
 
 import structlog
 
@@ -16,36 +14,22 @@ from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref, parse_ref
 from loraline.core.config import CoreSettings
-from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
+from loraline.core.errors import LoralineError, failed_precondition
 from loraline.inference.adapters.names import AdapterNames, adapter_ref
 from loraline.inference.adapters.registry import ServedAdapter
-from loraline.inference.base_model import LocalBase, open_base, parse_base
+from loraline.inference.base_model import LocalBase, describe_base, open_base, parse_base
+from loraline.inference.catalogue import aliases_of, is_base, not_served, served_aliases
 from loraline.inference.config import InferenceSettings
 from loraline.inference.engines.choice import EngineChoice, choose
 from loraline.inference.engines.port import BASE
+from loraline.inference.holds import Holds
 from loraline.inference.metrics import InferenceMetrics
-from loraline.inference.serving import Serving, start_serving
+from loraline.inference.readiness import Readiness
+from loraline.inference.serving import Serving, Target, start_serving
 from loraline.inference.state import ServedState, StateFile
 
 _log = structlog.get_logger(__name__)
-NOTHING_LOADED = "No model is loaded. Load one with LoadModel, or set LORALINE_INFERENCE_MODEL, such as model/tiny."
 _MAX_BACKOFF_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Target:
-    """Who answers a request."""
-
-    serving: Serving
-    adapter: str
-    """Internal name; empty for the base."""
-    name: str
-    """Name to show, with version."""
-
-    @property
-    def kind(self) -> str:
-        """`base` or `adapter`."""
-        return "adapter" if self.adapter else "base"
 
 
 class ModelHost:
@@ -69,26 +53,30 @@ class ModelHost:
         self._state = ServedState()
         self._serving: Serving | None = None
         self._changing = asyncio.Lock()
-        self._why_not = "The service is starting."
+        self._readiness = Readiness()
+        self._holds = Holds(library.database, lambda: self._serving)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def why_not_ready(self) -> str:
         """Empty when requests are answered; otherwise why not and what to do."""
-        return self._why_not
+        return self._readiness.why_not
 
     async def start(self) -> None:
         """Begin to load the configured or the remembered model, and to watch the engine."""
         self._state = await asyncio.to_thread(self._file.read)
         wanted = parse_base(self.settings.model) if self.settings.model else self._state.model
-        self._why_not = f"Loading {_describe(wanted)}." if wanted is not None else NOTHING_LOADED
+        if wanted is None:
+            self._readiness.empty()
+        else:
+            self._readiness.loading(f"Loading {describe_base(wanted)}.")
         try:
             self._choose(self.settings.engine)
         except LoralineError as error:
-            self._why_not = error.message
+            self._readiness.failed(error.message, error.reason)
             _log.error("no_engine", message=error.message)
             return
-        for work in (self._load_first(wanted), self._watch()):
+        for work in (self._load_first(wanted), self._watch(), self._holds.keep()):
             task = asyncio.create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -98,40 +86,42 @@ class ModelHost:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._why_not = "The service is stopping."
+        self._readiness.loading("The service is stopping.")
         serving, self._serving = self._serving, None
+        await self._holds.release()
         if serving is not None:
             await serving.engine.stop()
 
     def serving(self) -> Serving:
-        """Return what is served; UNAVAILABLE while a model is loaded, FAILED_PRECONDITION when there is none."""
-        if self._serving is not None and not self._why_not:
+        """Return what is served; UNAVAILABLE while one is loaded, FAILED_PRECONDITION for none or a failed load."""
+        if self._serving is not None and self._readiness.state == "ready":
             return self._serving
-        if self._serving is None and self._why_not == NOTHING_LOADED:
-            raise failed_precondition("NO_MODEL_LOADED", NOTHING_LOADED)
-        error = unavailable("MODEL_NOT_READY", self._why_not or NOTHING_LOADED)
-        error.retry_after = timedelta(seconds=2)
-        raise error
+        raise self._readiness.refusal()
 
     @asynccontextmanager
     async def target(self, model: str) -> AsyncIterator[Target]:
         """Hold who answers requests for a model name, for the length of one request."""
         serving = self.serving()
         async with serving.in_use():
-            if self.is_base(serving, model):
+            if is_base(serving, model):
                 yield Target(serving, BASE, serving.name)
                 return
             exact = await self._resolve(serving, model)
+            fresh = serving.adapters.get(exact) is None
             async with serving.adapters.use(exact) as adapter:
+                if fresh:
+                    await self._holds.renew()
                 yield Target(serving, adapter.internal, adapter.name)
 
-    @staticmethod
-    def is_base(serving: Serving, model: str) -> bool:
-        """Tell whether a request's model name means the base."""
-        if model in ("", serving.name):
-            return True
-        artifact = serving.base.artifact
-        return artifact is not None and model in (format_ref(artifact), f"model/{artifact.name}")
+    async def served_name(self, model: str) -> str:
+        """Return the name with version of what is loaded under a request's model name; NOT_FOUND otherwise."""
+        serving = self.serving()
+        if is_base(serving, model):
+            return serving.name
+        adapter = serving.adapters.get(await self._resolve(serving, model))
+        if adapter is None:
+            raise await self._not_served(serving, model)
+        return adapter.name
 
     async def load_model(self, spec: BaseModel, served_name: str = "", *, trusted: bool = False) -> Serving:
         """Serve another base model, after the requests in flight; when it fails, the one before is served again."""
@@ -140,7 +130,7 @@ class ModelHost:
         name = served_name or base.default_name
         async with self._changing:
             current = self._serving
-            if current is not None and not self._why_not and _same(current, base, name):
+            if current is not None and not self.why_not_ready and _same(current, base, name):
                 return current
             return await self._replace(base, name, choice)
 
@@ -150,8 +140,8 @@ class ModelHost:
         async with serving.in_use():
             exact = await self._names.resolve(ref)
             adapter = await serving.adapters.load(exact)
-        if exact.digest in self._state.withdrawn:
-            self._state.withdrawn.remove(exact.digest)
+        if _content(exact) in self._state.withdrawn:
+            self._state.withdrawn.remove(_content(exact))
         await self._remember(serving)
         return adapter
 
@@ -161,8 +151,8 @@ class ModelHost:
         ref = adapter_ref(model)
         exact = await self._names.resolve(ref) if ref is not None else None
         if exact is None or serving.adapters.get(exact) is None:
-            raise self._not_served(serving, model)
-        self._state.withdrawn = [*self._state.withdrawn, exact.digest][-1000:]
+            raise await self._not_served(serving, model)
+        self._state.withdrawn = [*self._state.withdrawn, _content(exact)][-1000:]
         await serving.adapters.unload(exact)
         await self._remember(serving)
 
@@ -185,32 +175,32 @@ class ModelHost:
 
     async def aliases(self, ref: ArtifactRef) -> list[str]:
         """Return the aliases that point at an exact artifact now."""
-        artifact = await asyncio.to_thread(self._library.get, ref)
-        return list(artifact.aliases)
+        return (await asyncio.to_thread(aliases_of, self._library, [ref]))[0]
+
+    async def served_aliases(self) -> dict[str, str]:
+        """Return alias name -> name with version, of the adapters that are loaded now."""
+        return await served_aliases(self._library, self.serving())
 
     async def _resolve(self, serving: Serving, model: str) -> ArtifactRef:
         ref = adapter_ref(model)
         if ref is None:
-            raise self._not_served(serving, model)
+            raise await self._not_served(serving, model)
         try:
             exact = await self._names.resolve(ref)
         except LoralineError as error:
-            raise self._not_served(serving, model) from error
+            raise await self._not_served(serving, model) from error
         known = serving.adapters.get(exact) is not None
-        if not known and (not self.settings.load_on_first_use or exact.digest in self._state.withdrawn):
-            raise self._not_served(serving, model)
+        if not known and (not self.settings.load_on_first_use or _content(exact) in self._state.withdrawn):
+            raise await self._not_served(serving, model)
         return exact
 
-    @staticmethod
-    def _not_served(serving: Serving, model: str) -> LoralineError:
-        names = [serving.name, *(adapter.name for adapter in serving.adapters.list())]
-        message = f"{model!r} is not served here. Served: {', '.join(names[:20])}. LoadAdapter loads another adapter."
-        return not_found("MODEL_NOT_SERVED", message, model=model, served=", ".join(names[:100]))
+    async def _not_served(self, serving: Serving, model: str) -> LoralineError:
+        return not_served(serving, model, await served_aliases(self._library, serving))
 
     async def _replace(self, base: LocalBase, name: str, choice: EngineChoice) -> Serving:
         """Stop what is served, start the other; the lock is held."""
         before = self._serving
-        self._why_not = f"Loading {base.described}; requests are answered again when it generates."
+        self._readiness.loading(f"Loading {base.described}; requests are answered again when it generates.")
         _log.info("engine_chosen", engine=choice.name, why=choice.why)
         if before is not None:
             await before.drained(self.settings.drain_seconds)
@@ -219,11 +209,13 @@ class ModelHost:
         try:
             serving = await start_serving(base, name, choice, self.settings, self._library, self._metrics)
         except BaseException as error:
-            self._why_not = str(error) or "Loading was given up."
+            why = str(error) or f"Loading {base.described} was given up."
+            self._readiness.failed(why, getattr(error, "reason", ""))
             if before is not None and isinstance(error, LoralineError):
                 await self._go_back(before, choice)
             raise
-        self._serving, self._why_not = serving, ""
+        self._serving = serving
+        self._readiness.ready()
         await self._remember(serving)
         return serving
 
@@ -235,7 +227,7 @@ class ModelHost:
                 before.base, before.name, choice, self.settings, self._library, self._metrics
             )
             await self._load_adapters(self._serving, adapters)
-            self._why_not = ""
+            self._readiness.ready()
 
     async def _load_first(self, wanted: BaseModel | None) -> None:
         if wanted is None:
@@ -244,7 +236,7 @@ class ModelHost:
         try:
             serving = await self.load_model(wanted, self.settings.served_name or self._state.served_name, trusted=True)
         except LoralineError as error:
-            self._why_not = f"{_describe(wanted)} could not be loaded: {error.message}"
+            self._readiness.failed(f"{describe_base(wanted)} could not be loaded: {error.message}", error.reason)
             _log.error("first_model_failed", reason=error.reason, message=error.message)
             return
         await self._load_adapters(serving, remembered)
@@ -268,7 +260,7 @@ class ModelHost:
             async with self._changing:
                 if self._serving is not serving:
                     continue
-                self._why_not = "The engine died and is being started again."
+                self._readiness.loading("The engine died and is being started again.")
                 _log.error("engine_dead", model=serving.base.described)
                 self._serving = None
                 await serving.engine.stop()
@@ -284,15 +276,14 @@ class ModelHost:
         self._state.model, self._state.served_name = serving.base.spec, serving.name
         self._state.adapters = [format_ref(adapter.ref) for adapter in serving.adapters.list()]
         await asyncio.to_thread(self._file.write, self._state)
+        await self._holds.renew()
+
+
+def _content(exact: ArtifactRef) -> str:
+    """Name an exact artifact for good: a deleted version's number never comes back, another store's may."""
+    return f"{format_ref(exact)} {exact.digest}"
 
 
 def _same(current: Serving, base: LocalBase, name: str) -> bool:
     """Tell whether an artifact is what is served already."""
     return bool(base.digest) and current.base.digest == base.digest and current.name == name
-
-
-def _describe(spec: BaseModel | None) -> str:
-    if spec is None:
-        return "no model"
-    source = spec.WhichOneof("source")
-    return format_ref(spec.artifact) if source == "artifact" else str(getattr(spec, source or "path"))

@@ -67,6 +67,22 @@ class Serving:
         return True
 
 
+@dataclass(frozen=True)
+class Target:
+    """Who answers a request."""
+
+    serving: Serving
+    adapter: str
+    """Internal name; empty for the base."""
+    name: str
+    """Name to show, with version."""
+
+    @property
+    def kind(self) -> str:
+        """`base` or `adapter`."""
+        return "adapter" if self.adapter else "base"
+
+
 async def start_serving(
     base: LocalBase,
     name: str,

@@ -25,7 +25,7 @@ class ServedState:
     adapters: list[str] = field(default_factory=list)
     """Exact references, such as `adapter/mareva:v3`."""
     withdrawn: list[str] = field(default_factory=list)
-    """Digests that UnloadAdapter took out: they are not loaded on first use."""
+    """References with digest that UnloadAdapter took out: they are not loaded on first use."""
 
 
 class StateFile:

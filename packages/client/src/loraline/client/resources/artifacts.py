@@ -141,9 +141,9 @@ class AsyncArtifacts:
         request = artifact_pb2.VerifyArtifactRequest(ref=as_ref(ref))
         return await self._endpoint.unary(self._stub.VerifyArtifact, request, timeout=WORK_SECONDS)
 
-    async def delete(self, ref: Ref) -> None:
-        """Delete one version; it must not carry an alias."""
-        request = artifact_pb2.DeleteArtifactRequest(ref=as_ref(ref))
+    async def delete(self, ref: Ref, *, force: bool = False) -> None:
+        """Delete one version that nobody needs; `force` also when other artifacts were made from it."""
+        request = artifact_pb2.DeleteArtifactRequest(ref=as_ref(ref), force=force)
         await self._endpoint.unary(self._stub.DeleteArtifact, request, idempotent=False)
 
     async def set_alias(self, ref: Ref, alias: str) -> artifact_pb2.AliasChange:

@@ -18,7 +18,7 @@ from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.core.artifacts.manifest import Manifest
 from loraline.core.artifacts.refs import KIND_NAMES, format_ref
 from loraline.core.db.schema import aliases, artifact_names, artifacts
-from loraline.core.errors import LoralineError, data_loss, failed_precondition, invalid_argument, not_found
+from loraline.core.errors import LoralineError, data_loss, invalid_argument, not_found
 
 PENDING, READY, DELETING = "pending", "ready", "deleting"
 
@@ -215,15 +215,7 @@ def _missing(connection: Connection, ref: ArtifactRef) -> LoralineError:
 
 
 def mark_deleting(connection: Connection, found: Version) -> None:
-    """Hide a version before its files go; FAILED_PRECONDITION while an alias points at it."""
-    pointing = aliases_at(connection, found.kind, found.name, found.version)
-    if pointing:
-        names = ", ".join(f"@{alias}" for alias in pointing)
-        raise failed_precondition(
-            "ARTIFACT_ALIASED",
-            f"{found.text} is what {names} points at. Move or delete the alias first.",
-            aliases=", ".join(pointing),
-        )
+    """Hide a version before its files go."""
     connection.execute(
         sa.update(artifacts).where(artifacts.c.id == found.id).values(state=DELETING, heartbeat_time=time.time())
     )

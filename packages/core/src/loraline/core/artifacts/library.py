@@ -20,6 +20,7 @@ from loraline.core.artifacts.publishing import Publication
 from loraline.core.artifacts.refs import check_alias, check_kind, check_name, check_ref, format_ref, prefix_of
 from loraline.core.artifacts.store import BlobStore, damaged
 from loraline.core.artifacts.uploads import sweep_uploads
+from loraline.core.artifacts.uses import check_unused
 from loraline.core.config import CoreSettings
 from loraline.core.db.database import Database
 from loraline.core.errors import LoralineError, invalid_argument, not_found
@@ -202,13 +203,17 @@ class ArtifactLibrary:
         self._observe("verify", start, manifest.size_bytes)
         return manifest.size_bytes
 
-    def delete(self, ref: ArtifactRef) -> None:
-        """Delete one version, which the reference must name. FAILED_PRECONDITION while an alias points at it."""
+    def delete(self, ref: ArtifactRef, *, force: bool = False) -> None:
+        """Delete one version, which the reference must name. FAILED_PRECONDITION names who still needs it.
+
+        `force` deletes it although other artifacts were made from it.
+        """
         if check_ref(ref).WhichOneof("selector") != "version":
             message = f"Say which version of {format_ref(ref)} shall be deleted, such as {format_ref(ref)}:v1."
             raise invalid_argument("VERSION_REQUIRED", message, ref__version=message)
         with self.database.begin() as connection:
             found = catalog.find(connection, ref, lock=True)
+            check_unused(connection, found, force=force)
             catalog.mark_deleting(connection, found)
         self._purge(catalog.Unfinished(found.kind, found.name, found.version, ()))
 

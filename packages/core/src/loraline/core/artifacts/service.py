@@ -104,7 +104,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
 
     async def DeleteArtifact(self, request: pb.DeleteArtifactRequest, context: Any) -> pb.DeleteArtifactResponse:
         """Delete one version."""
-        await asyncio.to_thread(self._library.delete, request.ref)
+        await asyncio.to_thread(self._library.delete, request.ref, force=request.force)
         return pb.DeleteArtifactResponse()
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Any) -> pb.SetAliasResponse:

@@ -92,6 +92,18 @@ alias_changes = Table(
     sqlite_autoincrement=True,
 )
 
+artifact_uses = Table(
+    "artifact_uses",
+    metadata,
+    Column("holder", String(256), nullable=False),  # the server that serves it
+    Column("kind", Integer, nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("expire_time", Double, nullable=False),  # renewed while the holder lives
+    PrimaryKeyConstraint("holder", "kind", "name", "version"),
+    Index("ix_artifact_uses_kind_name_version", "kind", "name", "version"),
+)
+
 # --------------------------------------------------------------------------------------------------------------- jobs
 
 jobs = Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 
@@ -30,13 +31,15 @@ def served_name(ref: ArtifactRef) -> str:
     return format_ref(ref).removeprefix("adapter/")
 
 
-def internal_name(digest: str) -> str:
+def internal_name(exact: ArtifactRef) -> str:
     """Return the adapter's name inside the engine.
 
-    It comes from the content's digest, so two versions never share a name and no cache can be stale. No dots: PEFT
+    It comes from the content's digest, so two versions never share a name and no cache can be stale; and from the
+    artifact's name, so that equal content under two names is two adapters, each with its own aliases. No dots: PEFT
     makes it a module's name.
     """
-    return f"a{digest.removeprefix('sha256:')[:24]}"
+    own = hashlib.sha256(format_ref(exact).encode()).hexdigest()[:8]
+    return f"a{exact.digest.removeprefix('sha256:')[:24]}{own}"
 
 
 class AdapterNames:

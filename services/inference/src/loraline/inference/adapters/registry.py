@@ -86,7 +86,7 @@ class AdapterRegistry:
 
     def get(self, exact: ArtifactRef) -> ServedAdapter | None:
         """Return the adapter of an exact reference; None when it was never loaded."""
-        return self._adapters.get(internal_name(exact.digest))
+        return self._adapters.get(internal_name(exact))
 
     async def load(self, exact: ArtifactRef) -> ServedAdapter:
         """Load and prove an adapter; what is resident already is returned as it is.
@@ -130,7 +130,7 @@ class AdapterRegistry:
     async def unload(self, exact: ArtifactRef) -> None:
         """Forget an adapter; requests that it answers now finish first."""
         async with self._loading:
-            adapter = self._adapters.pop(internal_name(exact.digest), None)
+            adapter = self._adapters.pop(internal_name(exact), None)
             if adapter is None:
                 return
             await adapter.free.wait()
@@ -142,7 +142,7 @@ class AdapterRegistry:
         what = format_ref(exact)
         folder = await asyncio.to_thread(self._library.fetch, exact)
         facts = await asyncio.to_thread(check_adapter, folder, self._base, self._engine.facts.max_lora_rank)
-        internal = internal_name(exact.digest)
+        internal = internal_name(exact)
         try:
             await self._engine.load_adapter(internal, folder)
         except EngineRefused as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from loraline.core.errors import LoralineError, not_found
+from loraline.core.errors import LoralineError
 from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
 from loraline.inference.http import errors
@@ -66,30 +67,26 @@ class _Routes:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return JSONResponse({"object": "list", "data": list(self._models().values())})
+        return JSONResponse({"object": "list", "data": list((await self._models()).values())})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/{name}."""
-        name, known = request.path_params["name"], self._models()
+        """GET /v1/models/{name}, where the name may be whatever a question may name: also an alias, or no version."""
+        name, known = request.path_params["name"], await self._models()
         if name not in known:
-            message = f"{name!r} is not loaded. Loaded: {', '.join(known)}."
-            raise not_found("MODEL_NOT_SERVED", message, model=name)
+            known[name] = {**known[await self._host.served_name(name)], "id": name}
         return JSONResponse(known[name])
 
-    def _models(self) -> dict[str, dict[str, Any]]:
+    async def _models(self) -> dict[str, dict[str, Any]]:
+        """Return what can be asked, by name. An alias is a model of its own whose `root` is what it points at."""
         serving = self._host.serving()
-        entries = [(serving.name, serving.load_time, None)]
-        entries += [(adapter.name, adapter.load_time, serving.name) for adapter in serving.adapters.list()]
-        return {
-            name: {
-                "id": name,
-                "object": "model",
-                "created": int(loaded.timestamp()),
-                "owned_by": "loraline",
-                "parent": parent,
-            }
-            for name, loaded, parent in entries
-        }
+        found = {serving.name: _entry(serving.name, serving.load_time, None)}
+        for adapter in serving.adapters.list():
+            found[adapter.name] = _entry(adapter.name, adapter.load_time, serving.name)
+        for alias, name in (await self._host.served_aliases()).items():
+            if name in found:
+                found[alias] = {**found[name], "id": alias}
+                found[name]["aliases"].append(alias)
+        return found
 
     async def _respond(self, request: Request, kind: Kind, asked: HttpQuestion) -> Response:
         if not asked.stream:
@@ -132,6 +129,18 @@ class _Routes:
             if not begun:
                 raise
             yield event(errors.error_body(error))
+
+
+def _entry(name: str, loaded: datetime, parent: str | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(loaded.timestamp()),
+        "owned_by": "loraline",
+        "root": name,
+        "parent": parent,
+        "aliases": [],
+    }
 
 
 class _EventStream(StreamingResponse):

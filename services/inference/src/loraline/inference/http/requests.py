@@ -84,7 +84,7 @@ def chat_question(body: Mapping[str, Any], most_tokens: int) -> HttpQuestion:
     _refuse_unknown(body, _CHAT)
     limit = _integer(body, "max_completion_tokens", 1) or _integer(body, "max_tokens", 1) or most_tokens
     question = Question(
-        model=_text(body, "model"),
+        model=_model(body),
         sampling=_sampling(body, limit),
         messages=_messages(body.get("messages")),
         constraint=_response_format(body.get("response_format")),
@@ -103,7 +103,7 @@ def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
     if not isinstance(prompt, str | list) or not prompt:
         raise _wrong("prompt", "must be a text or a list of token ids, and not empty")
     sampling = _sampling(body, _integer(body, "max_tokens", 1) or 16)
-    return _http_question(body, Question(model=_text(body, "model"), sampling=sampling, prompt=prompt))
+    return _http_question(body, Question(model=_model(body), sampling=sampling, prompt=prompt))
 
 
 def _http_question(body: Mapping[str, Any], question: Question) -> HttpQuestion:
@@ -180,6 +180,14 @@ def _response_format(value: Any) -> Constraint | None:
     if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
         return Constraint("json_schema", schema["schema"])
     raise _wrong("response_format", "must be of type text, json_object, or json_schema with json_schema.schema")
+
+
+def _model(body: Mapping[str, Any]) -> str:
+    """Return the model's name. A body without one is refused: which model it meant would be a guess."""
+    name = _text(body, "model")
+    if not name:
+        raise _wrong("model", "is missing; name the base or an adapter, as GET /v1/models lists them")
+    return name
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:

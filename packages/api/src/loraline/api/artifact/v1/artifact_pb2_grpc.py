@@ -123,7 +123,8 @@ class ArtifactServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteArtifact(self, request, context):
-        """Deletes one version. FAILED_PRECONDITION while an alias points at it.
+        """Deletes one version. FAILED_PRECONDITION while an alias points at it, a server serves it, an unfinished job reads
+        it, or, without `force`, other artifacts were made from it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,9 @@ class ArtifactServiceStub:
     VerifyArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.VerifyArtifactRequest, _artifact_pb2.VerifyArtifactResponse]
     """Reads every file again and compares it with the manifest. DATA_LOSS lists the files that differ."""
     DeleteArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.DeleteArtifactRequest, _artifact_pb2.DeleteArtifactResponse]
-    """Deletes one version. FAILED_PRECONDITION while an alias points at it."""
+    """Deletes one version. FAILED_PRECONDITION while an alias points at it, a server serves it, an unfinished job reads
+    it, or, without `force`, other artifacts were made from it.
+    """
     SetAlias: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.SetAliasRequest, _artifact_pb2.SetAliasResponse]
     """Points an alias at a version, in one transaction with its history."""
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.DeleteAliasRequest, _artifact_pb2.DeleteAliasResponse]
@@ -72,7 +74,9 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     VerifyArtifact: _aio.UnaryUnaryMultiCallable[_artifact_pb2.VerifyArtifactRequest, _artifact_pb2.VerifyArtifactResponse]  # type: ignore[assignment]
     """Reads every file again and compares it with the manifest. DATA_LOSS lists the files that differ."""
     DeleteArtifact: _aio.UnaryUnaryMultiCallable[_artifact_pb2.DeleteArtifactRequest, _artifact_pb2.DeleteArtifactResponse]  # type: ignore[assignment]
-    """Deletes one version. FAILED_PRECONDITION while an alias points at it."""
+    """Deletes one version. FAILED_PRECONDITION while an alias points at it, a server serves it, an unfinished job reads
+    it, or, without `force`, other artifacts were made from it.
+    """
     SetAlias: _aio.UnaryUnaryMultiCallable[_artifact_pb2.SetAliasRequest, _artifact_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Points an alias at a version, in one transaction with its history."""
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_artifact_pb2.DeleteAliasRequest, _artifact_pb2.DeleteAliasResponse]  # type: ignore[assignment]
@@ -131,7 +135,9 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _artifact_pb2.DeleteArtifactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_artifact_pb2.DeleteArtifactResponse, _abc.Awaitable[_artifact_pb2.DeleteArtifactResponse]]:
-        """Deletes one version. FAILED_PRECONDITION while an alias points at it."""
+        """Deletes one version. FAILED_PRECONDITION while an alias points at it, a server serves it, an unfinished job reads
+        it, or, without `force`, other artifacts were made from it.
+        """
 
     @_abc_1.abstractmethod
     def SetAlias(

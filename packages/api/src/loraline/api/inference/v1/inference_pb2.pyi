@@ -365,7 +365,7 @@ class ServedModel(_message.Message):
     kind: Global___ServedKind.ValueType
     """Base or adapter."""
     internal_name: _builtins.str
-    """Name inside the engine, from the artifact's digest."""
+    """Name inside the engine, from the artifact's digest and name."""
     lora_rank: _builtins.int
     """LoRA rank; 0 for the base."""
     resident: _builtins.bool

@@ -190,10 +190,16 @@ def verify(ref: Ref) -> None:
         output.line(f"{format_ref(reply.artifact.ref)}: {size_text(reply.verified_bytes)} verified")
 
 
-def delete(ref: Ref) -> None:
-    """Delete one version; name it exactly (kind/name:vN). An alias on it must be moved away first."""
+def delete(
+    ref: Ref,
+    force: Annotated[bool, typer.Option("--force", help="Although other artifacts were made from it.")] = False,
+) -> None:
+    """Delete one version; name it exactly (kind/name:vN).
+
+    Refused while an alias points at it, a server serves it, a job reads it, or others were made from it.
+    """
     with invocation().client() as client:
-        client.artifacts.delete(ref)
+        client.artifacts.delete(ref, force=force)
     output = invocation().output
     if output.json:
         output.data({"deleted": ref})
