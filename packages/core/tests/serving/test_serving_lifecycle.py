@@ -1,6 +1,7 @@
 """From start to stop: ports, readiness, draining, and the messages of a start that fails."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.core.errors import LoralineError
+from loraline.core.folder_lock import sole_user
 
 INFERENCE = "loraline.api.inference.v1.InferenceService"
 JOBS = "loraline.api.job.v1.JobService"
@@ -190,7 +192,7 @@ async def test_messages_above_four_mebibytes_pass(server):
         assert (await stub.Generate(big, metadata=running.metadata())).model == "first"
 
 
-def start(tmp_path, **environment):
+def start(tmp_path, stdout=subprocess.PIPE, **environment):
     """Start `run([])` in a process of its own."""
     values = {
         "LORALINE_DATA_DIR": str(tmp_path / "d"),
@@ -200,7 +202,7 @@ def start(tmp_path, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", "from loraline.core.serving.server import run; run([])"],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | values | environment,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -215,9 +217,53 @@ def test_run_says_what_listens_where_and_ends_on_sigterm(tmp_path):
     assert process.returncode == 0, log
     text = "".join(lines)
     assert "Loraline listens on 127.0.0.1:" in lines[0]
-    assert str(tmp_path / "d") in text and "/metrics" in text and "lora_" in lines[4]
-    key = lines[4].split()[-1]
-    assert key not in log  # the key is printed for people, never logged
+    assert str(tmp_path / "d") in text and "/metrics" in text
+    key = (tmp_path / "d" / "client.key").read_text().strip()
+    assert key not in text + log  # a pipe gets the file's path, the log nothing
+    assert str(tmp_path / "d" / "client.key") in lines[4]
+    assert all(json.loads(line) for line in log.splitlines())  # nothing but JSON beside the banner's stream
+
+
+def test_a_terminal_gets_the_first_key_once(tmp_path):
+    ours, theirs = os.openpty()
+    process = start(tmp_path, stdout=theirs)
+    os.close(theirs)
+    with os.fdopen(ours, closefd=True) as screen:
+        lines = [screen.readline() for _ in range(5)]
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    key = (tmp_path / "d" / "client.key").read_text().strip()
+    assert key in lines[4]
+    assert key not in log
+
+
+async def test_a_second_server_on_the_same_folder_is_refused(server, tmp_path):
+    async with server():
+        with pytest.raises(LoralineError) as taken:
+            async with server():
+                pass
+        error = taken.value
+        assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "DATA_DIR_IN_USE")
+        assert f"process {os.getpid()}" in error.message and "--data-dir" in error.message
+    async with server():  # let go with the first
+        pass
+
+
+def test_the_folder_is_free_again_after_a_kill(tmp_path):
+    hold = (
+        "import sys, time; from pathlib import Path; from loraline.core.folder_lock import sole_user\n"
+        "with sole_user(Path(sys.argv[1]), ['trainer']): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    with sole_user(tmp_path, ["merger"]):  # another stage may share the folder
+        pass
+    with pytest.raises(LoralineError, match=f"process {process.pid}"), sole_user(tmp_path, ["trainer"]):
+        pass
+    process.kill()
+    process.wait(10)
+    with sole_user(tmp_path, ["trainer"]):
+        pass
 
 
 @pytest.mark.parametrize(

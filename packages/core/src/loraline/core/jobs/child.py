@@ -69,6 +69,7 @@ def _run(payload: ChildPayload, terminated: threading.Event) -> int:
             patiently(lambda: table.finish(payload.job, payload.epoch, end))
             return 0
         end = _do(context, payload, job.spec)
+        context.tell_figures()
         progress = context.last_progress(done=end.state == SUCCEEDED)
         if end.state == QUEUED:
             if progress is not None:
@@ -90,6 +91,7 @@ def _context(
     from loraline.core.artifacts.library import ArtifactLibrary
     from loraline.core.jobs.context import JobContext
     from loraline.core.jobs.sql_table import open_table
+    from loraline.core.jobs.telemetry import TelemetryWriter
     from loraline.core.jobs.workdir import job_folder
 
     return JobContext(
@@ -102,6 +104,7 @@ def _context(
         database=database,
         table=open_table(database),
         workdir=job_folder(settings.data_dir, payload.job),
+        telemetry=TelemetryWriter(payload.telemetry_fd) if payload.telemetry_fd >= 0 else None,
         terminated=terminated,
         last_progress=progress,
     )

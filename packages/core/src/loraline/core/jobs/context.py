@@ -22,6 +22,7 @@ from loraline.core.jobs.model import LeaseLost, warning
 from loraline.core.jobs.pacing import EventPace
 from loraline.core.jobs.patience import patiently
 from loraline.core.jobs.table import JobTable
+from loraline.core.jobs.telemetry import TelemetryWriter
 
 if TYPE_CHECKING:
     from loraline.core.artifacts.library import ArtifactLibrary
@@ -51,6 +52,7 @@ class JobContext:
         database: Database,
         table: JobTable,
         workdir: Path,
+        telemetry: TelemetryWriter | None = None,
         terminated: threading.Event | None = None,
         last_progress: job_pb2.Progress | None = None,
     ):
@@ -58,6 +60,7 @@ class JobContext:
         self.settings, self.library, self.database = settings, library, database
         self.workdir = workdir
         self._table = table
+        self._telemetry = telemetry
         self._terminated = terminated or threading.Event()
         self._lock = threading.RLock()
         self._progress = last_progress or job_pb2.Progress()
@@ -150,6 +153,26 @@ class JobContext:
                 self._progress.ClearField("eta")
                 self._dirty = True
             return self._progress if self._dirty else None
+
+    # -------------------------------------------------------------------------------------------------------- metrics
+
+    def count(self, name: str, amount: float = 1.0, **labels: object) -> None:
+        """Add to a counter of the service that runs this job; the stage has declared it (JobMetrics.accept).
+
+        Cheap enough for every row: sums are told twice a second. Names of jobs are no labels.
+        """
+        if self._telemetry is not None:
+            self._telemetry.count(name, amount, labels)
+
+    def gauge(self, name: str, value: float, **labels: object) -> None:
+        """Set a gauge of the service that runs this job; it goes when the job's process ends."""
+        if self._telemetry is not None:
+            self._telemetry.gauge(name, value, labels)
+
+    def tell_figures(self) -> None:
+        """Tell what was counted now; the child process does so at its end."""
+        if self._telemetry is not None:
+            self._telemetry.flush()
 
     # -------------------------------------------------------------------------------------------------------- remarks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from loraline.core.jobs.model import QueueState
+from loraline.core.jobs.telemetry import Telemetry
 
 
 class JobObserver(Protocol):
@@ -18,6 +19,12 @@ class JobObserver(Protocol):
 
     def job_finished(self, kind: str, state: str, seconds: float) -> None:
         """An attempt ended in this process after so long; `state` is what the job is now: SUCCEEDED, QUEUED, …"""
+
+    def job_told(self, kind: str, job: str, figures: Telemetry) -> None:
+        """The process of a job counted these since it last told, and its gauges stand so."""
+
+    def job_gone(self, kind: str, job: str) -> None:
+        """The process of a job has ended: its gauges end with it."""
 
     def lease_takeover(self, kind: str) -> None:
         """A runner of this process took a job from a silent one."""
@@ -36,6 +43,12 @@ class NoObserver:
         """Do nothing."""
 
     def job_finished(self, kind: str, state: str, seconds: float) -> None:
+        """Do nothing."""
+
+    def job_told(self, kind: str, job: str, figures: Telemetry) -> None:
+        """Do nothing."""
+
+    def job_gone(self, kind: str, job: str) -> None:
         """Do nothing."""
 
     def lease_takeover(self, kind: str) -> None:

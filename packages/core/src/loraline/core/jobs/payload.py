@@ -29,6 +29,8 @@ class ChildPayload:
     runner_pid: int
     settings: dict[str, Any]
     """CoreSettings with its secrets in plain text."""
+    telemetry_fd: int = -1
+    """Descriptor that the child writes its counters to; -1 for none."""
 
     def to_line(self) -> bytes:
         """Return the payload as one line."""

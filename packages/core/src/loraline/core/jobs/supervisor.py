@@ -23,6 +23,7 @@ from loraline.core.jobs.observer import JobObserver
 from loraline.core.jobs.patience import patiently
 from loraline.core.jobs.payload import ChildPayload, settings_secrets, settings_to_json
 from loraline.core.jobs.table import JobTable
+from loraline.core.jobs.telemetry import TelemetryPipe
 from loraline.core.jobs.workdir import begin_log, job_folder, log_tail
 
 _LOOK_SECONDS = 0.1
@@ -96,35 +97,50 @@ class Supervisor(threading.Thread):
         log = begin_log(folder, self.claim.attempt)
         command = [sys.executable, "-P", "-X", "faulthandler", "-m", "loraline.core.jobs.child"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as output:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        pipe = TelemetryPipe()
+        try:
+            with log.open("wb") as output:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=(pipe.child_end,),
+                )
+            return self._attend(child, pipe)
+        finally:
+            pipe.close()
+            self._observer.job_gone(self.claim.kind, self.claim.name)
+
+    def _attend(self, child: subprocess.Popen[bytes], pipe: TelemetryPipe) -> int:
         self.pid = child.pid
         self._tell("job_started", pid=child.pid)
         try:
-            self._send_payload(child)
-            return self._watch(child)
+            self._send_payload(child, pipe.child_end)
+            pipe.close_child_end()
+            return self._watch(child, pipe)
         finally:
             _kill_group(child.pid)  # what it left behind: workers, launchers, the guardian
             child.wait()
+            self._listen(pipe)
             _reap_group(child.pid)
             if child.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.close()
 
-    def _send_payload(self, child: subprocess.Popen[bytes]) -> None:
+    def _listen(self, pipe: TelemetryPipe) -> None:
+        for figures in pipe.take():
+            self._observer.job_told(self.claim.kind, self.claim.name, figures)
+
+    def _send_payload(self, child: subprocess.Popen[bytes], telemetry: int) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead already; its return code says more
             if child.stdin is not None:
-                child.stdin.write(self._payload().to_line())
+                child.stdin.write(self._payload(telemetry).to_line())
                 child.stdin.flush()
 
-    def _payload(self) -> ChildPayload:
+    def _payload(self, telemetry: int) -> ChildPayload:
         request = self._handler.request_type
         return ChildPayload(
             job=self.claim.name,
@@ -135,10 +151,11 @@ class Supervisor(threading.Thread):
             request_type=f"{request.__module__}:{request.__qualname__}",
             runner_pid=os.getpid(),
             settings=settings_to_json(self._settings),
+            telemetry_fd=telemetry,
         )
 
-    def _watch(self, child: subprocess.Popen[bytes]) -> int:
-        """Wait for the child's end; keep the lease, and pass on wishes to stop."""
+    def _watch(self, child: subprocess.Popen[bytes], pipe: TelemetryPipe) -> int:
+        """Wait for the child's end; keep the lease, pass on its figures, and wishes to stop."""
         beat_every = self._settings.lease_seconds / 3
         next_beat, next_poll = time.monotonic() + beat_every, 0.0
         while True:
@@ -146,6 +163,7 @@ class Supervisor(threading.Thread):
                 return child.wait(timeout=_LOOK_SECONDS)
             except subprocess.TimeoutExpired:
                 pass
+            self._listen(pipe)
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + beat_every

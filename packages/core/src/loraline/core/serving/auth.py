@@ -6,7 +6,6 @@ itself has 192 random bits, so a plain hash is enough and costs microseconds. Th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
@@ -25,6 +24,7 @@ import grpc
 import structlog
 
 from loraline.core.errors import LoralineError, already_exists, failed_precondition, invalid_argument, not_found
+from loraline.core.folder_lock import locked_file
 
 ROLES = ("chat", "operate")
 """`chat` asks models; `operate` may do everything."""
@@ -235,8 +235,7 @@ class KeyRing:
     def _locked(self) -> Iterator[None]:
         """Hold the file's lock and its newest content: two commands at once must not lose a key."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self.path.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked_file(self.path.with_suffix(".lock")):
             self._load()
             yield
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+import threading
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from loraline.core.jobs.model import QueueState
+from loraline.core.jobs.telemetry import Series, Telemetry
 
+log = structlog.get_logger("loraline.metrics")
 _JOB_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)
 _ARTIFACT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)
 
@@ -34,6 +39,50 @@ class JobMetrics:
         self._takeovers = Counter(
             "loraline_job_lease_takeovers", "Jobs taken over from runners gone silent.", ["kind"], registry=registry
         )
+
+        self._told: dict[str, Counter | Gauge] = {}
+        self._standing: dict[str, dict[Series, float]] = {}
+        self._unknown: set[str] = set()
+        self._lock = threading.Lock()
+
+    def accept(self, **metrics: Counter | Gauge) -> None:
+        """Let jobs feed these metrics by these names (JobContext.count and JobContext.gauge)."""
+        self._told.update(metrics)
+
+    def job_told(self, kind: str, job: str, figures: Telemetry) -> None:
+        """Add a job's counts and set its gauges; where two live jobs set one gauge, the newest value shows."""
+        with self._lock:
+            for key, amount in figures.counts.items():
+                if isinstance(metric := self._metric(kind, key), Counter) and amount >= 0:
+                    metric.inc(amount)
+            for key, value in figures.gauges.items():
+                if isinstance(metric := self._metric(kind, key), Gauge):
+                    metric.set(value)
+                    self._standing.setdefault(job, {})[key] = value
+
+    def job_gone(self, kind: str, job: str) -> None:
+        """Remove the gauges of a job that no other live job sets."""
+        with self._lock:
+            gone = self._standing.pop(job, {})
+            left = {key: value for other in self._standing.values() for key, value in other.items()}
+            for key in gone:
+                metric = self._metric(kind, key)
+                if key in left and isinstance(metric, Gauge):
+                    metric.set(left[key])
+                elif metric is not None:
+                    _remove(self._told[key[0]], key)
+
+    def _metric(self, kind: str, key: Series) -> Counter | Gauge | None:
+        """Return the metric with the labels of a series; None, and one line in the log, for what nobody declared."""
+        name, labels = key
+        try:
+            metric = self._told[name]
+            return metric.labels(**dict(labels)) if labels else metric
+        except (KeyError, ValueError) as error:
+            if name not in self._unknown:
+                self._unknown.add(name)
+                log.warning("a job told a figure that no metric takes", kind=kind, metric=name, error=str(error))
+            return None
 
     def announce(self, kinds: list[str]) -> None:
         """Show the series of these kinds at zero, so that an alert on an increase sees the first one."""
@@ -90,3 +139,11 @@ class ArtifactMetrics:
             return
         self._bytes.labels(event).inc(size_bytes)
         self._seconds.labels(event).observe(seconds)
+
+
+def _remove(metric: Counter | Gauge, key: Series) -> None:
+    name_of = dict(key[1])
+    if name_of:
+        metric.remove(*(name_of[label] for label in metric._labelnames))
+    elif isinstance(metric, Gauge):
+        metric.set(0)

@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import grpc.aio
 import pydantic
@@ -19,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from loraline.core import logging as platform_logging
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
+from loraline.core.folder_lock import sole_user
 from loraline.core.serving.addresses import (
     ServerAddresses,
     bind,
@@ -26,6 +26,7 @@ from loraline.core.serving.addresses import (
     join_address,
     split_address,
 )
+from loraline.core.serving.banner import start_message
 from loraline.core.serving.component import Component, ComponentBuilder, Platform
 from loraline.core.serving.grpc_metrics import GrpcMetrics
 from loraline.core.serving.health import HealthMonitor, HealthServicer
@@ -60,8 +61,10 @@ async def serve(
     """
     opened = platform or await asyncio.to_thread(open_platform, settings)
     try:
-        server = PlatformServer(opened, [build(opened) for build in builders], first_key)
-        await server.serve(ready, stop or asyncio.Event())
+        components = [build(opened) for build in builders]
+        # Several processes may share a Postgres; a folder with the database in it belongs to one.
+        with sole_user(settings.data_dir, [c.name for c in components] if opened.database.is_sqlite else []):
+            await PlatformServer(opened, components, first_key).serve(ready, stop or asyncio.Event())
     finally:
         if platform is None:
             opened.database.close()
@@ -267,7 +270,7 @@ def run(builders: Sequence[ComponentBuilder]) -> None:
         notes: list[str] = []
 
         def ready(addresses: ServerAddresses) -> None:
-            print(_start_message(settings, addresses, notes), flush=True)
+            print(start_message(settings, addresses, notes, terminal=sys.stdout.isatty()), flush=True)
 
         asyncio.run(serve(settings, builders, ready=ready, first_key=notes.append))
     except LoralineError as error:
@@ -282,19 +285,3 @@ def run(builders: Sequence[ComponentBuilder]) -> None:
 def _complaint(text: str, error: Exception) -> str:
     structlog.get_logger("loraline.server").debug("start failed", exc_info=error)
     return f"loraline: {platform_logging.mask(text)}"
-
-
-def _start_message(settings: CoreSettings, addresses: ServerAddresses, first_keys: Sequence[str]) -> str:
-    lines: list[Any] = [f"Loraline listens on {addresses.grpc} (gRPC{', TLS' if settings.tls_cert else ''})"]
-    lines += [
-        f"  HTTP of {name}: {'https' if settings.tls_cert else 'http'}://{a}" for name, a in addresses.http.items()
-    ]
-    if addresses.metrics:
-        lines.append(f"  metrics and health: http://{addresses.metrics}/metrics, /healthz")
-    lines.append(f"  data: {settings.data_dir}")
-    lines.append(f"  store: {settings.store_url}")
-    if settings.auth == "off":
-        lines.append("  authentication is off: everyone on this machine may do everything")
-    for key in first_keys:
-        lines.append(f"  first API key (shown once; also in {settings.data_dir / 'client.key'}): {key}")
-    return "\n".join(lines)
