@@ -26,6 +26,7 @@ from loraline.core.config import CoreSettings
 from loraline.core.db.database import Database
 from loraline.core.errors import LoralineError
 from loraline.core.jobs.model import CANCELLED, ENDED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED, QueueState
+from loraline.core.jobs.observer import NoObserver
 from loraline.core.jobs.payload import settings_to_json
 from loraline.core.jobs.queue import JobQueue
 from loraline.core.jobs.runner import JobRunner
@@ -142,7 +143,7 @@ async def test_a_job_that_pauses_itself(queue: JobQueue, start_runner: StartRunn
 async def test_concurrency_limit_and_observer(queue: JobQueue, start_runner: StartRunner):
     heard: Counter[str] = Counter()
 
-    class Observer:
+    class Observer(NoObserver):
         def job_submitted(self, kind: str) -> None:
             heard["submitted " + kind] += 1
 

@@ -58,6 +58,8 @@ def count(context: JobContext, request: Struct) -> Struct:
         with (context.workdir / "steps.txt").open("a") as steps:
             steps.write(f"{done} {context.attempt}\n")
         save(checkpoint, done)
+        context.count("test_steps", parity="odd" if done % 2 else "even")
+        context.gauge("test_step", done)
         context.progress(step=done, total_steps=goal, unit="step", metrics={"loss": 1.0 / done})
     if "publish" in wish:
         folder = context.workdir / "result"
