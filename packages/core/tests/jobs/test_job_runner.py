@@ -160,8 +160,9 @@ async def test_concurrency_limit_and_observer(queue: JobQueue, start_runner: Sta
         def queue_state(self, state: QueueState) -> None:
             heard["queue_state"] += 1
 
-    runner = await start_runner(observer=Observer(), max_concurrent_jobs=2)
+    # Queued first: the runner reports queues with jobs in them only, at its first look and then every five seconds.
     jobs = [await queue.submit(testing.COUNT, testing.struct(to=5, seconds=0.05)) for _ in range(3)]
+    runner = await start_runner(observer=Observer(), max_concurrent_jobs=2)
     most = 0
     while len((await queue.list(states=list(ENDED)))[0]) < len(jobs):
         most = max(most, len((await queue.list(states=[RUNNING]))[0]), len(runner.running))
