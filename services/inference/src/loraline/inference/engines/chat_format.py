@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
+from loraline.core.evidence.specials import SpecialTokens
 
 RENDER_SECONDS = 10.0
 """A template that takes longer is not a template but an attack, or a mistake."""
@@ -21,6 +22,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, folder: Path):
         self.tokenizer = tokenizer
         self.folder = folder
+        self._specials = SpecialTokens(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> ChatFormat:
@@ -86,12 +88,21 @@ class ChatFormat:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the ids that ask for the next answer, rendered off the event loop and under a time limit."""
-        rendering = asyncio.to_thread(self.render, messages, generation_prompt=True)
+        """Return the ids that ask for the next answer, rendered off the event loop and under a time limit.
+
+        INVALID_ARGUMENT SPECIAL_TOKEN_IN_TEXT names a message whose text would become control tokens.
+        """
+        rendering = asyncio.to_thread(self._question, messages)
         try:
             return await asyncio.wait_for(rendering, RENDER_SECONDS)
         except TimeoutError:
             raise _too_slow() from None
+
+    def _question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        refusal = self._specials.refusal(messages)
+        if refusal is not None:
+            raise refusal
+        return self.render(messages, generation_prompt=True)
 
 
 def _too_slow() -> LoralineError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.receipt import MAX_ROWS, ReceiptCounts, ReceiptRow, TokenReceipt
+from loraline.core.evidence.specials import SpecialTokens
 from loraline.trainer.engines.encoding import ChatEncoder, EncodedRow, MaskNotProven
 from loraline.trainer.rows import Mixture, Row, rows_error
 
@@ -41,9 +42,10 @@ class PreparedData:
 def prepare(mixture: Mixture, encoder: ChatEncoder, rule: LengthRule, *, allow_unlearned_eos: bool) -> PreparedData:
     """Encode every row and make the receipt.
 
-    Raises INVALID_ARGUMENT with the rows' numbers: ROWS_TOO_LONG, ROWS_FULLY_MASKED, MASK_NOT_PROVEN; or
-    FAILED_PRECONDITION: TOO_MANY_TRUNCATED, ALL_ROWS_DROPPED, EOS_NOT_LEARNED.
+    Raises INVALID_ARGUMENT with the rows' numbers: SPECIAL_TOKEN_IN_TEXT, ROWS_TOO_LONG, ROWS_FULLY_MASKED,
+    MASK_NOT_PROVEN; or FAILED_PRECONDITION: TOO_MANY_TRUNCATED, ALL_ROWS_DROPPED, EOS_NOT_LEARNED.
     """
+    _refuse_control_tokens([*mixture.train, *mixture.validation], encoder)
     encoded = _encode_unique(mixture.train, encoder)
     kept = _apply_lengths(encoded, rule)
     train = [kept[row.source] for row in mixture.train if row.source in kept]
@@ -58,6 +60,19 @@ def prepare(mixture: Mixture, encoder: ChatEncoder, rule: LengthRule, *, allow_u
     if receipt.counts.rows_teaching_eos == 0 and not allow_unlearned_eos:
         raise _eos_not_learned(encoder)
     return PreparedData(train, validation, receipt)
+
+
+def _refuse_control_tokens(rows: Sequence[Row], encoder: ChatEncoder) -> None:
+    """Inference refuses such messages; training on them would teach turns that no question can have."""
+    specials = SpecialTokens(encoder.tokenizer)
+    problems: dict[str, str] = {}
+    for source, row in {row.source: row for row in rows}.items():
+        found = specials.problems(row.messages)
+        if found:
+            problems[source] = "; ".join(f"{path} {problem}" for path, problem in found.items())
+    if problems:
+        what = "would become control tokens of the chat template; write their text otherwise or leave them out"
+        raise rows_error("SPECIAL_TOKEN_IN_TEXT", what, problems)
 
 
 def _encode_unique(rows: Sequence[Row], encoder: ChatEncoder) -> dict[str, EncodedRow]:
