@@ -32,18 +32,41 @@ CONVERSATIONS = [
     ],
 ]
 
+_DENSE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+_BARE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_MOE = {"num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "mistral": (transformers.MistralConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
-    "gpt2": (transformers.GPT2Config, {}),
+    "gpt2": (transformers.GPT2Config, _GPT2),
+    "llama-tied": (transformers.LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-untied": (transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1, "head_dim": 8}),
+    "gemma2": (transformers.Gemma2Config, {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma3": (transformers.Gemma3TextConfig, {"num_key_value_heads": 2, "head_dim": 8}),
+    "phi": (transformers.PhiConfig, {}),
+    "phi3": (transformers.Phi3Config, {"num_key_value_heads": 2}),
+    "mixtral": (transformers.MixtralConfig, {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "qwen2-moe": (transformers.Qwen2MoeConfig, {**_MOE, "shared_expert_intermediate_size": 24}),
+    "qwen3-moe": (transformers.Qwen3MoeConfig, {**_MOE, "head_dim": 8}),
+    "gpt-neox": (transformers.GPTNeoXConfig, {}),
+    "opt": (
+        transformers.OPTConfig,
+        {**_BARE, "ffn_dim": 48, "max_position_embeddings": 256, "word_embed_proj_dim": 32},
+    ),
+    "stablelm": (transformers.StableLmConfig, {"num_key_value_heads": 2}),
+    "olmo2": (transformers.Olmo2Config, {"num_key_value_heads": 2}),
+    "falcon": (transformers.FalconConfig, _BARE),
+    "gptj": (transformers.GPTJConfig, {**_GPT2, "rotary_dim": 4}),
 }
-_DENSE = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 256,
-}  # fmt: skip
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_OWN_FIELDS = {"gpt2", "opt", "falcon", "gptj"}
+"""Families whose settings are complete, as their fields have other names."""
 
 
 def build_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -75,15 +98,21 @@ MakeAdapter = Callable[..., Path]
 
 @pytest.fixture
 def make_base(tmp_path: Path) -> MakeBase:
+    return base_maker(tmp_path)
+
+
+def base_maker(root: Path) -> MakeBase:
+    """Return a function that makes small random models below `root`."""
+
     def make(
         family: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "5GB", name: str = "base", **extra: Any
     ) -> Path:
-        folder = tmp_path / name
+        folder = root / name
         template = extra.pop("template", TEMPLATE)
         seed = extra.pop("seed", 0)
         kind, own = FAMILIES[family]
         tokenizer = build_tokenizer(folder, template=template)
-        settings = {**(_GPT2 if family == "gpt2" else _DENSE), **own, **extra}
+        settings = {**({} if family in _OWN_FIELDS else _DENSE), **own, **extra}
         config = kind(
             vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -93,12 +122,27 @@ def make_base(tmp_path: Path) -> MakeBase:
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():  # the usual start is so small that every model answers alike
             for parameter in model.parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() >= 2:
                     parameter.normal_(0, 0.25)
         model.to(dtype).save_pretrained(folder, max_shard_size=shard)
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """Bases that many tests read and none writes to: made once for each set of arguments."""
+    make = base_maker(tmp_path_factory.mktemp("bases"))
+    made: dict[str, Path] = {}
+
+    def get(family: str, **settings: Any) -> Path:
+        key = repr((family, sorted(settings.items(), key=str)))
+        if key not in made:
+            made[key] = make(family, name=f"base-{len(made)}", **settings)
+        return made[key]
+
+    return get
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ KINDS = {
     "rslora": {"use_rslora": True, "r": 6},
     "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 7}, "alpha_pattern": {"v_proj": 32}},
     "all_linear": {"target_modules": "all-linear"},
+    "dora": {"use_dora": True},
+    "norms": {"modules_to_save": ["input_layernorm"]},
 }
 
 
@@ -49,7 +51,7 @@ def test_same_bits_as_peft(tmp_path, make_base, make_adapter, family, kind, dtyp
     adapter = make_adapter(base, evidence=False, **KINDS[kind])
     outcome = merge_folders(base, [AdapterInput(adapter)], tmp_path / "work" / "model", MergeOptions())
     assert outcome.merge_path.startswith("streaming")
-    assert outcome.written.merged_tensors == (14 if kind == "all_linear" else 6)
+    assert outcome.written.merged_tensors == {"all_linear": 14, "norms": 8}.get(kind, 6)
     assert_same_bits(tmp_path / "work" / "model", peft_result(base, adapter))
 
 
@@ -75,15 +77,22 @@ def test_blocks_of_rows_give_the_same_bits(tmp_path, make_base, make_adapter, mo
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
-    [({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "lm_head"), ({"bias": "lora_only"}, "bias")],
+    ("family", "settings", "path"),
+    [
+        ("llama", {"modules_to_save": ["lm_head"]}, "streaming: whole tensors on 7"),
+        ("llama", {"bias": "lora_only"}, "peft: "),
+        ("llama", {"target_modules": ["embed_tokens"]}, "peft: "),
+        ("llama", {"init_lora_weights": "pissa"}, "peft: init_lora_weights is pissa"),
+        ("gpt2", {"use_dora": True, "fan_in_fan_out": True}, "peft: DoRA on weights stored as (in, out)"),
+    ],
 )
-def test_the_rest_goes_through_peft_and_says_so(tmp_path, make_base, make_adapter, settings, why):
-    base = make_base("llama", torch.float32, attention_bias=True)
-    adapter = make_adapter(base, **settings)
+def test_what_cannot_be_streamed_goes_through_peft_and_says_so(
+    tmp_path, make_base, make_adapter, family, settings, path
+):
+    base = make_base(family, torch.float32, **({"attention_bias": True} if family == "llama" else {}))
+    adapter = make_adapter(base, evidence=False, **settings)
     outcome = merge_folders(base, [AdapterInput(adapter)], tmp_path / "work" / "model", MergeOptions())
-    assert outcome.merge_path.startswith("peft")
-    assert why in outcome.merge_path or why == "lm_head"
+    assert outcome.merge_path.startswith(path)
     assert_same_bits(tmp_path / "work" / "model", peft_result(base, adapter))
 
 

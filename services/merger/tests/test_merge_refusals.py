@@ -172,13 +172,6 @@ def test_index_and_shards_that_disagree(tmp_path, make_base, make_adapter):
     assert refused(tmp_path, base, adapter).reason == "INDEX_MISMATCH"
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
-def test_tied_embeddings_are_not_merged_into(tmp_path, make_base, make_adapter, targets):
-    base = make_base("qwen2")
-    adapter = make_adapter(base, evidence=False, target_modules=targets)
-    assert refused(tmp_path, base, adapter).reason == "NOT_SUPPORTED"
-
-
 def test_quantised_base(tmp_path, pair):
     base, adapter = pair
     edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 BASE_FILE = "base_model.json"
 _PREFIX = "base_model.model."
+_MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
+_LORA_PART = re.compile(r"\.lora_|\.base_layer\.|trainable_tokens")
+_EMBEDDING = re.compile(
+    r"\.(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|lm_head|embed_out)(\.base_layer)?\.weight$"
+)
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 # Settings of peft's LoraConfig that change nothing about what `scale * B @ A` means. Any other setting with a value
@@ -46,6 +51,7 @@ _NEUTRAL_SETTINGS = frozenset(
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
+        "modules_to_save",
         "peft_type",
         "peft_version",
         "qalora_group_size",
@@ -55,6 +61,7 @@ _NEUTRAL_SETTINGS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_dora",
         "use_rslora",
     }
 )
@@ -73,6 +80,8 @@ class Factors:
     in_features: int
     out_features: int
     scale: float
+    magnitude_key: str = ""
+    """DoRA's trained lengths of the output rows."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,18 @@ class Adapter:
     factors: tuple[Factors, ...]
     peft_only_because: str
     """Why only peft can merge it; empty when the streaming merge can."""
+    whole: Mapping[str, str] = field(default_factory=dict)
+    """Tensor of the model -> tensor of the adapter that takes its place: `modules_to_save`, trained biases."""
 
     @property
     def recorded_base(self) -> dict[str, Any]:
         """Return base_model.json; empty for an adapter from elsewhere."""
         path = self.folder / BASE_FILE
         return read_json(path, "ADAPTER_UNREADABLE") if path.exists() else {}
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """Return the shape of one of the adapter's tensors."""
+        return next(tensor.shape for tensor in self.header.tensors if tensor.name == key)
 
     def touches(self, leaf: str) -> bool:
         """Whether a module called `leaf`, such as `lm_head`, is trained in any way."""
@@ -112,24 +127,28 @@ def open_adapter(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG_FILE, "ADAPTER_UNREADABLE")
     header = read_header(weights)
     reason = peft_only_reason(config, header)
-    factors = () if config.get("peft_type") != "LORA" else _pair(header, config)
-    return Adapter(folder, config, header, factors, reason)
+    factors = () if reason else _pair(header, config)
+    whole = {
+        tensor.name.removeprefix(_PREFIX): tensor.name
+        for tensor in header.tensors
+        if not _LORA_PART.search(tensor.name)
+    }
+    return Adapter(folder, config, header, factors, reason, whole)
 
 
 def peft_only_reason(config: Mapping[str, Any], header: ShardHeader) -> str:
     """Say why `scale * B @ A` is not the whole of this adapter; empty when it is."""
     if config.get("peft_type") != "LORA":
         return f"peft_type is {config.get('peft_type')}"
-    if config.get("bias") not in (None, "none"):
-        return f"bias is {config['bias']}"
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in _NEUTRAL_STARTS:
         return f"init_lora_weights is {start}, which may change the base too"
     extra = sorted(name for name, value in config.items() if value and name not in _NEUTRAL_SETTINGS)
     if extra:
         return f"{extra[0]} is set"
-    other = [tensor.name for tensor in header.tensors if not _FACTOR.match(tensor.name)]
-    return f"{other[0]} is no LoRA factor" if other else ""
+    parts = [tensor.name for tensor in header.tensors if _LORA_PART.search(tensor.name)]
+    other = [name for name in parts if not (_FACTOR.match(name) or _MAGNITUDE.match(name)) or ".base_layer." in name]
+    return f"{other[0]} is more than a factor of a linear layer" if other else ""
 
 
 def trained_quantised(artifact: Artifact) -> bool:
@@ -148,12 +167,15 @@ def _pair(header: ShardHeader, config: Mapping[str, Any]) -> tuple[Factors, ...]
         match = _FACTOR.match(tensor.name)
         if match:
             sides.setdefault(match["module"], {})[match["side"]] = tensor
+        elif magnitude := _MAGNITUDE.match(tensor.name):
+            sides.setdefault(magnitude["module"], {})["magnitude"] = tensor
     return tuple(_factors(module, found, config) for module, found in sides.items())
 
 
 def _factors(module: str, found: Mapping[str, Any], config: Mapping[str, Any]) -> Factors:
-    if set(found) != {"A", "B"}:
-        missing = "AB".replace(next(iter(found)), "")
+    wanted = ["A", "B", "magnitude"] if config.get("use_dora") else ["A", "B"]
+    missing = next((side for side in wanted if side not in found), "").replace("magnitude", "magnitude_vector")
+    if missing:
         raise failed_precondition(
             "ADAPTER_INCOMPLETE",
             f"{WEIGHTS_FILE} has no lora_{missing} for {module}. Save the adapter again.",
@@ -172,7 +194,17 @@ def _factors(module: str, found: Mapping[str, Any], config: Mapping[str, Any]) -
             module=module,
         )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Factors(module, a.name, b.name, rank, a.shape[1], b.shape[0], scale)
+    magnitude = found["magnitude"].name if "magnitude" in found else ""
+    return Factors(module, a.name, b.name, rank, a.shape[1], b.shape[0], scale, magnitude)
+
+
+def embedding_rows(header: ShardHeader) -> int:
+    """Return the rows of the embeddings that an adapter saved whole; 0 when it saved none.
+
+    More than the base has means added tokens: only an adapter that brings their rows can be attached or merged.
+    """
+    whole = [t for t in header.tensors if _EMBEDDING.search(t.name) and len(t.shape) == 2]
+    return max((tensor.shape[0] for tensor in whole), default=0)
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

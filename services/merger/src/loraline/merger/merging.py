@@ -25,6 +25,8 @@ from loraline.merger.plan import MergePlan, make_plan, plan_fingerprint, stored_
 from loraline.merger.repair import adopt_template, adopt_training, repair_folder
 from loraline.merger.spec import MeasureSettings, MergeBounds, quantised_training
 from loraline.merger.sync import SyncedFile, compare_files, copy_base_files, write_dtype
+from loraline.merger.vocabulary import adopt_tokenizer, write_untied, write_vocabulary
+from loraline.merger.weights.header import Form
 from loraline.merger.weights.layout import INDEX_FILE, WeightFiles, open_weights
 
 
@@ -91,10 +93,10 @@ def merge_folders(
     pairs = [(adapter, one.weight) for adapter, one in zip(adapters, inputs, strict=True)]
     plan = make_plan(weights, pairs, options.dtype)
     watch.stage(f"merging ({plan.merge_path})")
-    written = _write(weights, plan, inputs, out, options, watch)
+    written, form = _write(weights, plan, inputs, out, options, watch)
     outcome = MergeOutcome(plan.merge_path, options.dtype or stored_dtype(weights), written, remarks=remarks)
     watch.stage("synchronising config and tokenizer")
-    outcome.repairs = _settle_files(base, inputs, out, options.dtype)
+    outcome.repairs = _settle_files(base, inputs, out, options.dtype, form)
     outcome.receipt_rows = _prove_rendering(inputs, out, outcome.repairs)
     outcome.synced = compare_files(base, out, outcome.repairs)
     _copy_evidence(inputs, out)
@@ -119,9 +121,14 @@ def _write(
     out: Path,
     options: MergeOptions,
     watch: MergeWatch,
-) -> StreamedMerge:
+) -> tuple[StreamedMerge, Form]:
     folders = [one.folder for one in inputs]
-    rows: RowSource = LoraRows(folders, plan.additions) if plan.streaming else merge_with_peft(weights, folders[0])
+    form = Form(plan.dtypes)
+    if plan.streaming:
+        rows: RowSource = LoraRows(folders, plan)
+    else:
+        merged = merge_with_peft(weights, folders[0])
+        rows, form = merged.rows, Form(plan.dtypes, merged.shapes, merged.added)
     total, done = weights.data_size, 0
 
     def advance(size: int) -> None:
@@ -131,7 +138,8 @@ def _write(
         watch.check()
 
     identity = [options.base_digest or str(weights.folder), *(f"{one.folder}*{one.weight}" for one in inputs)]
-    return write_merged(weights, rows, plan.dtypes, out, fingerprint=plan_fingerprint(plan, identity), advance=advance)
+    fingerprint = plan_fingerprint(plan, identity)
+    return write_merged(weights, rows, form, out, fingerprint=fingerprint, advance=advance), form
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -141,10 +149,15 @@ def _remove_leftovers(out: Path) -> None:
             path.unlink()
 
 
-def _settle_files(base: Path, inputs: Sequence[AdapterInput], out: Path, dtype: str) -> list[Finding]:
+def _settle_files(base: Path, inputs: Sequence[AdapterInput], out: Path, dtype: str, form: Form) -> list[Finding]:
     _remove_leftovers(out)
     copy_base_files(base, out)
     changes = write_dtype(out, dtype) if dtype else []
+    rows = max((shape[0] for name, shape in form.shapes.items() if len(shape) == 2), default=0)
+    changes += write_vocabulary(out, rows) if rows else []
+    changes += write_untied(out) if form.added else []
+    if len(inputs) == 1:
+        changes += adopt_tokenizer(out, inputs[0].folder, grown=bool(rows))
     changes += repair_folder(out)
     for one in inputs:
         changes += adopt_training(out, one.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraline.core.errors import LoralineError, failed_precondition, unsupported
@@ -22,6 +22,10 @@ _CONV1D_MODULES = {
 }
 
 
+_EMBEDDING_LEAVES = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out", "word_embeddings", "tok_embeddings")
+_HEADS = {"lm_head.weight", "embed_out.weight"}
+
+
 @dataclass(frozen=True)
 class Addition:
     """One product of factors to add to a base tensor; `transposed` for weights stored as (in, out)."""
@@ -33,6 +37,14 @@ class Addition:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """A tensor that an adapter saved whole."""
+
+    adapter: int
+    key: str
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """What the merge will do."""
 
@@ -40,6 +52,8 @@ class MergePlan:
     reason: str
     additions: dict[str, tuple[Addition, ...]]
     """Base tensor -> what is added to it; only for the streaming path."""
+    replacements: dict[str, Replacement]
+    """Base tensor -> what takes its place; only for the streaming path."""
     dtypes: dict[str, str]
     """Base tensor -> new type, for those that change theirs."""
 
@@ -61,23 +75,59 @@ def make_plan(weights: WeightFiles, adapters: Sequence[tuple[Adapter, float]], d
             "The base is quantised (config.json has quantization_config). Merge into the model it was made from.",
             file="config.json",
         )
-    tensors = weights.by_name()
-    _refuse_tied(config, tensors, adapters)
+    tensors, model_type = weights.by_name(), str(config.get("model_type"))
     dtypes = new_dtypes(tensors, dtype)
-    why_peft = next((adapter.peft_only_because for adapter, _ in adapters if adapter.peft_only_because), "")
-    if not why_peft:
-        unmapped = next((f.module for a, _ in adapters for f in a.factors if not find_weight(f.module, tensors)), "")
-        fused = unmapped and _has_fused_names(unmapped, tensors)
-        if unmapped and not fused:
-            raise no_such_module(unmapped)
-        why_peft = f"the base stores {unmapped} under other names" if fused else ""
+    why_peft = _why_peft(config, tensors, adapters)
+    kinds = sorted({kind for adapter, _ in adapters for kind in _kinds(adapter)})
+    if (why_peft or kinds) and (len(adapters) > 1 or adapters[0][1] != 1):
+        why = why_peft or f"{kinds[0]} cannot be summed"
+        raise unsupported(f"Combining adapters where {why}", "Merge that adapter alone, with weight 1.")
     if why_peft:
-        if len(adapters) > 1 or adapters[0][1] != 1:
-            raise unsupported(f"Combining adapters where {why_peft}", "Merge that adapter alone, with weight 1.")
-        return MergePlan(False, why_peft, {}, dtypes)
-    additions = _additions(str(config.get("model_type")), tensors, adapters)
+        return MergePlan(False, why_peft, {}, {}, dtypes)
+    additions = _additions(model_type, tensors, adapters)
+    replacements = _replacements(tensors, [adapter for adapter, _ in adapters])
+    what = f"{' and '.join(kinds) or 'plain LoRA'} on {len(additions.keys() | replacements.keys())} tensors"
     many = f", weighted sum of {len(adapters)} adapters" if len(adapters) > 1 else ""
-    return MergePlan(True, f"plain LoRA on {len(additions)} tensors{many}", additions, dtypes)
+    return MergePlan(True, what + many, additions, replacements, dtypes)
+
+
+def _kinds(adapter: Adapter) -> list[str]:
+    """Name what the adapter holds besides plain factors; none of it can be weighted or summed."""
+    kinds = ["DoRA"] if any(factors.magnitude_key for factors in adapter.factors) else []
+    return kinds + (["whole tensors"] if adapter.whole else [])
+
+
+def _why_peft(
+    config: dict[str, object], tensors: dict[str, TensorInfo], adapters: Sequence[tuple[Adapter, float]]
+) -> str:
+    """Say why the files alone do not suffice for this merge; empty when they do."""
+    for adapter, _ in adapters:
+        if adapter.peft_only_because:
+            return adapter.peft_only_because
+        touched = next((leaf for leaf in _EMBEDDING_LEAVES if adapter.touches(leaf)), "")
+        if touched and is_tied(config, tensors):
+            return f"{touched} is trained and the base's input and output embedding are one weight"
+        for name in adapter.whole:
+            found = find_tensor(name, tensors)
+            if not found or tensors[found].shape != adapter.shape_of(adapter.whole[name]):
+                return f"{name} is trained whole and the base has it in another shape or not at all"
+        unmapped = next((f.module for f in adapter.factors if not find_weight(f.module, tensors)), "")
+        if unmapped and not _has_fused_names(unmapped, tensors):
+            raise no_such_module(unmapped)
+        if unmapped:
+            return f"the base stores {unmapped} under other names"
+        conv1d = _CONV1D_MODULES.get(str(config.get("model_type")), frozenset())
+        if any(f.magnitude_key and f.module.rpartition(".")[2] in conv1d for f in adapter.factors):
+            return "DoRA on weights stored as (in, out) needs whole columns"
+    return ""
+
+
+def _replacements(tensors: dict[str, TensorInfo], adapters: Sequence[Adapter]) -> dict[str, Replacement]:
+    return {
+        find_tensor(name, tensors): Replacement(number, key)
+        for number, adapter in enumerate(adapters)
+        for name, key in adapter.whole.items()
+    }
 
 
 def new_dtypes(tensors: dict[str, TensorInfo], dtype: str) -> dict[str, str]:
@@ -93,10 +143,12 @@ def find_weight(module: str, tensors: dict[str, TensorInfo]) -> str:
 
     Older checkpoints leave out the outermost name (`transformer.h.0…` is stored as `h.0…`), as from_pretrained allows.
     """
-    for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
-        if name in tensors:
-            return name
-    return ""
+    return find_tensor(f"{module}.weight", tensors)
+
+
+def find_tensor(name: str, tensors: dict[str, TensorInfo]) -> str:
+    """Return the base's own name of a tensor of the model, or nothing."""
+    return next((one for one in (name, name.partition(".")[2]) if one in tensors), "")
 
 
 def _has_fused_names(module: str, tensors: dict[str, TensorInfo]) -> bool:
@@ -129,19 +181,9 @@ def _additions(
     return additions
 
 
-def _refuse_tied(
-    config: dict[str, object], tensors: dict[str, TensorInfo], adapters: Sequence[tuple[Adapter, float]]
-) -> None:
-    embedding_leaves = ("lm_head", "embed_tokens", "wte", "embed_out")
-    tied = bool(config.get("tie_word_embeddings")) or not {"lm_head.weight", "embed_out.weight"} & set(tensors)
-    for adapter, _ in adapters:
-        touched = [leaf for leaf in embedding_leaves if adapter.touches(leaf)]
-        if touched and tied:
-            raise unsupported(
-                f"Merging an adapter that trains {touched[0]} into a base with tied embeddings",
-                "One weight serves as input and as output there, so a merge would change the other side too. "
-                f"Train without {touched[0]}, or serve the adapter unmerged.",
-            )
+def is_tied(config: Mapping[str, object], tensors: Collection[str]) -> bool:
+    """Whether one weight serves as input and as output embedding."""
+    return bool(config.get("tie_word_embeddings")) or not _HEADS & set(tensors)
 
 
 def no_such_module(module: str) -> LoralineError:
@@ -176,5 +218,6 @@ def stored_dtype(weights: WeightFiles) -> str:
 def plan_fingerprint(plan: MergePlan, inputs: Sequence[str]) -> str:
     """Return a text that is equal only for the same merge of the same inputs; guards the resume after a kill."""
     what = {"path": plan.merge_path, "inputs": list(inputs), "dtypes": sorted(set(plan.dtypes.values()))}
+    what["whole"] = sorted(plan.replacements)
     what["scales"] = [[name, [a.scale for a in adds]] for name, adds in sorted(plan.additions.items())]
     return json.dumps(what, sort_keys=True)

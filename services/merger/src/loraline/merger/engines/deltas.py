@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from loraline.merger.adapter import WEIGHTS_FILE
-from loraline.merger.plan import Addition
+from loraline.merger.plan import Addition, MergePlan
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -26,35 +26,55 @@ class RowSource(Protocol):
         """Return the new values of the rows `base`, which begin at row `start`, before rounding to the stored type."""
         ...
 
+    def fresh(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows of a tensor that the base has in another shape, or not at all."""
+        ...
+
 
 class LoraRows:
     """Base rows plus `scale * B @ A`, computed in float32 as peft does, so that the rounded result has the same bits.
 
-    Holds the factors of one tensor at a time: memory does not grow with the model.
+    With DoRA (arXiv 2402.09353, eq. 5) each row of the sum is scaled to its trained length: m / ||W + scale * B @ A||,
+    a row's norm needing that row only. Whole trained tensors (`modules_to_save`, biases) take the base's place. Holds
+    the factors of one tensor at a time: memory does not grow with the model.
     """
 
-    def __init__(self, folders: Sequence[Path], additions: dict[str, tuple[Addition, ...]]):
+    def __init__(self, folders: Sequence[Path], plan: MergePlan):
         self._files: list[Any] = [safe_open(folder / WEIGHTS_FILE, framework="pt") for folder in folders]
-        self._additions = additions
+        self._plan = plan
         self._loaded: tuple[str, list[tuple[Addition, torch.Tensor, torch.Tensor]]] = ("", [])
 
     def changes(self, name: str) -> bool:
         """Whether an adapter trained this tensor."""
-        return name in self._additions
+        return name in self._plan.additions or name in self._plan.replacements
 
     def rows(self, name: str, base: torch.Tensor, start: int) -> torch.Tensor:
-        """Return base rows plus the adapters' rows, in float32."""
+        """Return base rows plus the adapters' rows, in float32; or the rows that replace them."""
+        if name in self._plan.replacements:
+            return self.fresh(name, start, start + base.shape[0])
         result = base.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
         for addition, a, b in self._factors(name):
             stop = start + base.shape[0]
             delta = (b @ a[:, start:stop]).T if addition.transposed else b[start:stop] @ a
             result = result + delta * addition.scale
+            if addition.factors.magnitude_key:
+                result = self._scaled(addition, result, start)
         return result
+
+    def fresh(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows of the tensor that an adapter saved whole."""
+        replacement = self._plan.replacements[name]
+        return self._files[replacement.adapter].get_slice(replacement.key)[start:stop]
+
+    def _scaled(self, addition: Addition, rows: torch.Tensor, start: int) -> torch.Tensor:
+        magnitude = self._files[addition.adapter].get_tensor(addition.factors.magnitude_key).float().flatten()
+        factor = magnitude[start : start + rows.shape[0]] / torch.linalg.norm(rows, dim=1)
+        return factor.view(-1, 1) * rows
 
     def _factors(self, name: str) -> list[tuple[Addition, torch.Tensor, torch.Tensor]]:
         if self._loaded[0] != name:
             loaded = []
-            for addition in self._additions[name]:
+            for addition in self._plan.additions[name]:
                 file = self._files[addition.adapter]
                 a, b = file.get_tensor(addition.factors.a_key), file.get_tensor(addition.factors.b_key)
                 loaded.append((addition, a.float(), b.float()))
@@ -63,9 +83,9 @@ class LoraRows:
 
 
 class MergedRows:
-    """Rows of a model that peft merged in memory, under the base's own tensor names."""
+    """Rows of a model that was merged in memory, under the base's own tensor names."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self._tensors = tensors
 
     def changes(self, name: str) -> bool:
@@ -74,4 +94,38 @@ class MergedRows:
 
     def rows(self, name: str, base: torch.Tensor, start: int) -> torch.Tensor:
         """Return the merged rows."""
-        return self._tensors[name][start : start + base.shape[0]]
+        return self.fresh(name, start, start + base.shape[0])
+
+    def fresh(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the merged rows."""
+        return self._tensors[name][start:stop]
+
+
+class TransformedBase:
+    """Another row source over a base whose tensors `names` are first put through `transform`, whole tensors at a time.
+
+    Used for the dequantised base: quantisation works in blocks that rows do not respect, so a whole tensor is needed;
+    memory grows with the largest tensor, not with the model.
+    """
+
+    def __init__(self, inner: RowSource, names: frozenset[str], transform: Callable[[str], torch.Tensor]):
+        self._inner, self._names, self._transform = inner, names, transform
+        self._loaded: tuple[str, torch.Tensor | None] = ("", None)
+
+    def changes(self, name: str) -> bool:
+        """Whether base or adapters change the tensor."""
+        return name in self._names or self._inner.changes(name)
+
+    def rows(self, name: str, base: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the inner source's rows over the transformed base."""
+        if name in self._names:
+            if self._loaded[0] != name or self._loaded[1] is None:
+                self._loaded = (name, self._transform(name))
+            whole = self._loaded[1]
+            assert whole is not None  # noqa: S101 (set two lines above)
+            base = whole[start : start + base.shape[0]]
+        return self._inner.rows(name, base, start) if self._inner.changes(name) else base
+
+    def fresh(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the inner source's rows."""
+        return self._inner.fresh(name, start, stop)

@@ -11,6 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loraline.core.errors import LoralineError, failed_precondition
+from loraline.merger.adapter import WEIGHTS_FILE, embedding_rows
+from loraline.merger.weights.header import read_header
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:
@@ -47,6 +49,7 @@ def not_loadable(folder: Path, reason: str) -> LoralineError:
 def attach_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Return the model with all adapters active, each scaled by its weight; a weighted sum, nothing merged."""
     names = [f"adapter_{number}" for number in range(len(adapters))]
+    _make_room(model, [folder for folder, _ in adapters])
     try:
         first = str(adapters[0][0])
         peft_model: Any = PeftModel.from_pretrained(model, first, adapter_name=names[0], use_safetensors=True)
@@ -64,6 +67,13 @@ def attach_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         if weight != 1:
             _scale(peft_model, name, weight)
     return peft_model.eval()
+
+
+def _make_room(model: Any, adapters: Sequence[Path]) -> None:
+    """Grow the embeddings for adapters that trained added tokens and bring the rows along."""
+    rows = max(embedding_rows(read_header(folder / WEIGHTS_FILE)) for folder in adapters)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _scale(model: Any, adapter: str, weight: float) -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from loraline.core.errors import LoralineError, failed_precondition, resource_exhausted
 from loraline.merger.engines.deltas import TORCH_DTYPES, RowSource
 from loraline.merger.weights.copy import copy_range, write_all
-from loraline.merger.weights.header import ShardHeader, TensorInfo, corrupt_weights, encode_header
+from loraline.merger.weights.header import Form, ShardHeader, TensorInfo, corrupt_weights, encode_header
 from loraline.merger.weights.layout import INDEX_FILE, WeightFiles
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
@@ -42,7 +42,7 @@ class StreamedMerge:
 def write_merged(
     weights: WeightFiles,
     rows: RowSource,
-    dtypes: dict[str, str],
+    form: Form,
     out: Path,
     *,
     fingerprint: str,
@@ -58,29 +58,30 @@ def write_merged(
     done = _load_state(state_path, out, fingerprint)
     result = StreamedMerge()
     try:
-        for shard in weights.shards:
+        for number, shard in enumerate(weights.shards, start=1):
             relative = shard.path.relative_to(weights.folder).as_posix()
             if relative in done:
                 size, merged = done[relative]
                 result.resumed_shards.append(relative)
                 advance(size)
             else:
-                size, merged = _write_shard(shard, rows, dtypes, out / relative, advance)
+                last = number == len(weights.shards)
+                size, merged = _write_shard(shard, rows, form, out / relative, advance, last=last)
                 done[relative] = (size, merged)
                 _save_state(state_path, fingerprint, done)
             result.bytes_written += size
             result.merged_tensors += merged
         if weights.indexed:
-            _write_index(weights, dtypes, out)
+            _write_index(weights, form, out)
     except OSError as error:
         raise disk_error(error, out) from error
     return result
 
 
 def _write_shard(
-    shard: ShardHeader, rows: RowSource, dtypes: dict[str, str], target: Path, advance: Callable[[int], None]
+    shard: ShardHeader, rows: RowSource, form: Form, target: Path, advance: Callable[[int], None], *, last: bool
 ) -> tuple[int, int]:
-    header, placed = encode_header(shard, dtypes)
+    header, placed = encode_header(shard, form, last=last)
     size = len(header) + (placed[-1].end if placed else 0)
     target.parent.mkdir(parents=True, exist_ok=True)
     _require_space(target.parent, size)
@@ -88,16 +89,19 @@ def _write_shard(
     merged = 0
     with shard.path.open("rb") as source, partial.open("wb", buffering=0) as file, _tensors_of(shard) as reader:
         write_all(file.fileno(), memoryview(header))
-        for old, new in zip(shard.tensors, placed, strict=True):
+        for old, new in zip(shard.tensors, placed[: len(shard.tensors)], strict=True):
             changed = rows.changes(old.name)
             merged += changed
-            if not changed and old.dtype == new.dtype:
+            if not changed and form.keeps(old):
                 try:
                     copy_range(source.fileno(), file.fileno(), shard.data_start + old.start, old.size, advance)
                 except EOFError as error:
                     raise corrupt_weights(shard.path, str(error)) from error
             else:
                 _write_tensor(reader, rows if changed else None, old, new, file.fileno(), advance)
+        for new in placed[len(shard.tensors) :]:
+            _write_fresh(rows, new, file.fileno())
+            merged += 1
         os.fsync(file.fileno())
     partial.replace(target)
     return size, merged
@@ -115,6 +119,10 @@ def _write_tensor(
         _write_block(reader.get_tensor(old.name), new, target)
         advance(old.size)
         return
+    if old.shape != new.shape and rows is not None:
+        _write_fresh(rows, new, target)
+        advance(old.size)
+        return
     source = reader.get_slice(old.name)
     count = old.shape[0]
     step = max(1, BLOCK_ELEMENTS // max(1, math.prod(old.shape[1:])))
@@ -122,6 +130,13 @@ def _write_tensor(
         base = source[start : min(count, start + step)]
         _write_block(base if rows is None else rows.rows(old.name, base, start), new, target)
         advance(old.size * base.shape[0] // count)
+
+
+def _write_fresh(rows: RowSource, new: TensorInfo, target: int) -> None:
+    """Write a tensor whose shape the base does not have."""
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(new.shape[1:])))
+    for start in range(0, new.shape[0], step):
+        _write_block(rows.fresh(new.name, start, min(new.shape[0], start + step)), new, target)
 
 
 def _write_block(values: torch.Tensor, new: TensorInfo, target: int) -> None:
@@ -137,12 +152,15 @@ def _write_block(values: torch.Tensor, new: TensorInfo, target: int) -> None:
     write_all(target, rounded.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _write_index(weights: WeightFiles, dtypes: dict[str, str], out: Path) -> None:
-    """Copy the index; only a change of type changes its total_size."""
+def _write_index(weights: WeightFiles, form: Form, out: Path) -> None:
+    """Copy the index; only a change of form changes it."""
     text = (weights.folder / INDEX_FILE).read_bytes()
-    if dtypes:
+    if form != Form():
         index = json.loads(text)
-        total = sum(encode_header(shard, dtypes)[1][-1].end for shard in weights.shards if shard.tensors)
+        last = weights.shards[-1]
+        placed = [encode_header(shard, form, last=shard is last)[1] for shard in weights.shards]
+        total = sum(tensors[-1].end for tensors in placed if tensors)
+        index["weight_map"] |= dict.fromkeys(form.added, last.path.relative_to(weights.folder).as_posix())
         index.setdefault("metadata", {})["total_size"] = total
         text = json.dumps(index, indent=2).encode() + b"\n"
     (out / INDEX_FILE).write_bytes(text)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -53,6 +54,28 @@ class ShardHeader:
         return self.tensors[-1].end if self.tensors else 0
 
 
+@dataclass(frozen=True)
+class Form:
+    """How written weights differ from the base's in form; values are another matter.
+
+    A merge changes form only for an asked type (`dtypes`), a grown vocabulary (`shapes`) and an output embedding that
+    is no longer the input's (`added`, written at the end of the last shard).
+    """
+
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name -> shape; the type is that of the first tensor of the last shard, after `dtypes`."""
+
+    def of(self, tensor: TensorInfo) -> tuple[str, tuple[int, ...]]:
+        """Return a base tensor's new type and shape."""
+        return self.dtypes.get(tensor.name, tensor.dtype), self.shapes.get(tensor.name, tensor.shape)
+
+    def keeps(self, tensor: TensorInfo) -> bool:
+        """Whether the tensor's bytes may be copied as they are."""
+        return self.of(tensor) == (tensor.dtype, tensor.shape)
+
+
 def read_header(path: Path) -> ShardHeader:
     """Read and validate the header of `path`.
 
@@ -75,21 +98,23 @@ def read_header(path: Path) -> ShardHeader:
     return ShardHeader(path, tuple(tensors), metadata, 8 + length)
 
 
-def encode_header(header: ShardHeader, dtypes: dict[str, str]) -> tuple[bytes, tuple[TensorInfo, ...]]:
-    """Return the bytes that begin the written shard, and where its tensors lie.
+def encode_header(header: ShardHeader, form: Form, *, last: bool = False) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """Return the bytes that begin the written shard, and where its tensors lie; `last` takes the added tensors in.
 
-    Without a change of type these are the base's own header bytes, so that an untouched shard stays byte-identical.
-    `dtypes` names the new type of those tensors that change theirs; the order of the tensors stays.
+    Without a change of form these are the base's own header bytes, so that an untouched shard stays byte-identical.
+    The order of the tensors stays.
     """
-    if not any(dtypes.get(tensor.name, tensor.dtype) != tensor.dtype for tensor in header.tensors):
+    added = form.added if last else {}
+    if not added and all(form.keeps(tensor) for tensor in header.tensors):
         with header.path.open("rb") as file:
             return file.read(header.data_start), header.tensors
+    wanted = [(tensor.name, *form.of(tensor)) for tensor in header.tensors]
+    wanted += [(name, wanted[0][1] if wanted else "F32", shape) for name, shape in added.items()]
     placed: list[TensorInfo] = []
     offset = 0
-    for tensor in header.tensors:
-        dtype = dtypes.get(tensor.name, tensor.dtype)
-        size = tensor.size if dtype == tensor.dtype else math.prod(tensor.shape) * DTYPE_BYTES[dtype]
-        placed.append(TensorInfo(tensor.name, dtype, tensor.shape, offset, offset + size))
+    for name, dtype, shape in wanted:
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        placed.append(TensorInfo(name, dtype, shape, offset, offset + size))
         offset += size
     entries: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
     for tensor in placed:
