@@ -12,7 +12,9 @@ from importlib.metadata import EntryPoint
 import pytest
 from typer.testing import CliRunner
 
+from loraline.api.job.v1 import job_pb2
 from loraline.client.cli import main as command
+from loraline.client.cli.commands.jobs import _what_happened
 from loraline.client.cli.lossplot import draw, smoothed
 from loraline.client.cli.output import clean, seconds_text, size_text
 
@@ -112,6 +114,26 @@ def test_errors_in_json(address):
     done = program("jobs", "get", "trainer.train-none", "--format", "json", address=address)
     error = json.loads(done.stderr)["error"]
     assert done.returncode == 2 and done.stdout == "" and error["reason"] == "JOB_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("action", "before", "after", "wish", "words"),
+    [
+        ("cancel", "SUCCEEDED", "SUCCEEDED", "", "had ended before and is still SUCCEEDED"),
+        ("cancel", "FAILED", "FAILED", "", "to take it up again: loraline jobs resume x"),
+        ("cancel", "RUNNING", "RUNNING", "cancel", "asked to cancel; it is RUNNING until"),
+        ("cancel", "QUEUED", "CANCELLED", "", "CANCELLED; to let it go on: loraline jobs resume x"),
+        ("pause", "RUNNING", "RUNNING", "cancel", "was asked to cancel before, which stays"),
+        ("pause", "PAUSED", "PAUSED", "", "is PAUSED already"),
+        ("resume", "PAUSED", "QUEUED", "", "queued again"),
+    ],
+)
+def test_steering_says_where_the_job_stands_and_what_to_do(action, before, after, wish, words):
+    jobs = [
+        job_pb2.Job(name="x", state=job_pb2.JobState.Value(f"JOB_STATE_{word}"), requested_stop=stop)
+        for word, stop in ((before, ""), (after, wish))
+    ]
+    assert words in _what_happened(action, *jobs)
 
 
 def test_jobs_from_start_to_end(address, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from loraline.core.errors import LoralineError, unavailable
 from loraline.core.jobs import endings
 from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.handlers import StopRequested
+from loraline.core.jobs.loading import StopSignal
 from loraline.core.jobs.model import LeaseLost, NewJob
 from loraline.core.jobs.sql_table import SqlJobTable
 from loraline.core.testing.jobs import struct
@@ -53,7 +53,7 @@ def counting(database: Database) -> CountingTable:
 def make_context(counting: CountingTable, database: Database, settings: CoreSettings) -> MakeContext:
     """Claims the next job of the kind `test.count`, making one when none waits, as a child would hold it."""
 
-    def _make(terminated: threading.Event | None = None) -> JobContext:
+    def _make(stop: StopSignal | None = None, progress: job_pb2.Progress | None = None) -> JobContext:
         claim = counting.claim(["test.count"], "me", 30)
         if claim is None:
             counting.create(NewJob("test.count", struct()))
@@ -71,7 +71,8 @@ def make_context(counting: CountingTable, database: Database, settings: CoreSett
             database=database,
             table=counting,
             workdir=workdir,
-            terminated=terminated,
+            stop=stop,
+            last_progress=progress,
         )
 
     return _make
@@ -102,6 +103,20 @@ def test_progress_is_cheap_and_the_newest_lands(make_context: MakeContext, count
     assert last is not None and last.step == 600 and last.metrics["loss"] == 1 / 500  # metrics keep their last value
     done = context.last_progress(done=True)
     assert done is not None and done.fraction == 1.0 and not done.HasField("eta")
+
+
+def test_an_attempt_shows_no_figures_of_the_one_before(make_context: MakeContext, counting: CountingTable):
+    earlier = job_pb2.Progress(fraction=0.5, step=5, total_steps=10, unit="step", message="step 5")
+    earlier.metrics["loss"] = 9.0
+    earlier.eta.seconds = 30
+    context = make_context(progress=earlier)
+    context.begin()
+    shown = counting.get(context.job).progress
+    assert (shown.fraction, shown.step, shown.total_steps, shown.unit) == (0.5, 5, 10, "step")
+    assert (dict(shown.metrics), shown.message, shown.HasField("eta")) == ({}, "", False)
+    context.progress(step=6, total_steps=10, metrics={"accuracy": 0.5})
+    last = context.last_progress(done=True)
+    assert last is not None and dict(last.metrics) == {"accuracy": 0.5}
 
 
 def test_eta_from_the_attempts_own_speed(make_context: MakeContext, counting: CountingTable):
@@ -234,20 +249,20 @@ def test_a_late_write_tells_the_handler_of_a_lost_lease(make_context: MakeContex
 
 
 def test_stop_causes(make_context: MakeContext, counting: CountingTable):
-    terminated = threading.Event()
-    context = make_context(terminated)
+    stop = StopSignal()
+    context = make_context(stop)
     context.check_stop()
-    terminated.set()
+    stop.terminated.set()
     assert context.stop_cause == "handover"
     with pytest.raises(StopRequested, match="handover"):
         context.check_stop()
     counting.release(context.job, context.epoch)
 
-    told = threading.Event()
+    told = StopSignal()
     paused = make_context(told)
     assert paused.stop_cause == ""
     counting.request_stop(paused.job, "pause")
-    told.set()
+    told.terminated.set()
     assert paused.stop_cause == "pause"  # at once, though the database was asked a moment ago
 
 

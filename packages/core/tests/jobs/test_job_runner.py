@@ -247,6 +247,25 @@ async def test_cancel_right_after_submit(queue: JobQueue, start_runner: StartRun
         assert (await until_state(queue, name, ENDED)).state == CANCELLED
 
 
+@on_sqlite
+@pytest.mark.parametrize(("wish", "state"), [("cancel", CANCELLED), ("pause", PAUSED), ("drain", QUEUED)])
+async def test_a_job_that_only_loads_stops_at_once(
+    queue: JobQueue, settings: CoreSettings, start_runner: StartRunner, wish: str, state: int
+):
+    runner = await start_runner()  # its grace is twenty seconds, the import takes thirty
+    job = await queue.submit(testing.SLOW_IMPORT, testing.struct())
+    await until((settings.data_dir / "jobs" / job.name / "loading").exists, "the import")
+    assert (await queue.get(job.name)).progress.message in ("", "loading libraries")
+    begin = time.monotonic()
+    if wish == "drain":
+        await runner.drain()
+    else:
+        await {"cancel": queue.cancel, "pause": queue.pause}[wish](job.name)
+    stopped = await until_state(queue, job.name, {state}, seconds=10)
+    assert time.monotonic() - begin < 5
+    assert not stopped.HasField("error")
+
+
 async def test_draining_hands_the_job_over(queue: JobQueue, settings: CoreSettings, start_runner: StartRunner):
     runner = await start_runner(max_attempts=1)
     name = await counting(queue, settings, to=25)

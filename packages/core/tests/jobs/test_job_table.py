@@ -326,6 +326,7 @@ def test_what_each_state_allows(table: JobTable, state: int):
             with pytest.raises(LoralineError) as caught:
                 call(name)
             assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+            assert "`loraline jobs " in caught.value.message  # what can be done instead
             assert table.get(name).state == state
         else:
             call(name)

@@ -70,9 +70,8 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         _drop_earlier_checkpoints(context, request.name)
     datasets, references = _datasets(context, request)
     base = _base(context, settings, request.base_model)
-    context.check_stop()
-    context.progress(message="loading libraries", unit="step")
-    from loraline.trainer.engines import training
+    with context.loading():
+        from loraline.trainer.engines import training
 
     inputs = training.RunInputs(
         name=request.name,
@@ -117,10 +116,9 @@ def create_tiny_model(context: JobContext, request: pb.CreateTinyModelRequest) -
     from loraline.trainer.tiny.texts import folder_texts
 
     texts = [text for reference in request.tokenizer_texts for text in folder_texts(context.fetch(reference))]
-    context.check_stop()
-    context.progress(message="loading libraries", unit="step")
-    from loraline.trainer.engines.tiny_model import TinyModelSettings
-    from loraline.trainer.engines.tiny_model import create_tiny_model as create
+    with context.loading():
+        from loraline.trainer.engines.tiny_model import TinyModelSettings
+        from loraline.trainer.engines.tiny_model import create_tiny_model as create
 
     defaults = TinyModelSettings()
     settings = TinyModelSettings(

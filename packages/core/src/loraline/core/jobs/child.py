@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 from loraline.core.jobs.guardian import guard_group
+from loraline.core.jobs.loading import StopSignal
 from loraline.core.jobs.payload import ChildPayload
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def main() -> int:
     """Run the job that the payload on standard input names and return the exit code."""
     payload = ChildPayload.from_line(_read_line())
     guard_group(payload.runner_pid)
-    terminated = threading.Event()
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: terminated.set())
+    stop = StopSignal()
+    signal.signal(signal.SIGTERM, stop.handler())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return _run(payload, terminated)
+    return _run(payload, stop)
 
 
 def _read_line() -> bytes:
@@ -44,7 +44,7 @@ def _read_line() -> bytes:
     return content
 
 
-def _run(payload: ChildPayload, terminated: threading.Event) -> int:
+def _run(payload: ChildPayload, stop: StopSignal) -> int:
     import logging
 
     from loraline.core.config import CoreSettings
@@ -63,7 +63,7 @@ def _run(payload: ChildPayload, terminated: threading.Event) -> int:
     try:
         job = patiently(lambda: table.get(payload.job))
         try:
-            context = _context(payload, settings, database, job.progress, terminated)
+            context = _context(payload, settings, database, job.progress, stop)
         except LoralineError as problem:  # such as a store that can't be opened
             end = failed(problem, settings)
             patiently(lambda: table.finish(payload.job, payload.epoch, end))
@@ -86,7 +86,7 @@ def _run(payload: ChildPayload, terminated: threading.Event) -> int:
 
 
 def _context(
-    payload: ChildPayload, settings: CoreSettings, database: Any, progress: Any, terminated: Any
+    payload: ChildPayload, settings: CoreSettings, database: Any, progress: Any, stop: StopSignal
 ) -> JobContext:
     from loraline.core.artifacts.library import ArtifactLibrary
     from loraline.core.jobs.context import JobContext
@@ -105,7 +105,7 @@ def _context(
         table=open_table(database),
         workdir=job_folder(settings.data_dir, payload.job),
         telemetry=TelemetryWriter(payload.telemetry_fd) if payload.telemetry_fd >= 0 else None,
-        terminated=terminated,
+        stop=stop,
         last_progress=progress,
     )
 
@@ -119,10 +119,12 @@ def _do(context: JobContext, payload: ChildPayload, spec: Any) -> JobEnd:
     from loraline.core.jobs.model import SUCCEEDED, JobEnd, LeaseLost
 
     try:
-        context.check_stop()
-        request = _load(payload.request_type)()
+        context.begin()
+        with context.loading(tell=False):
+            request = _load(payload.request_type)()
+            entry = _load(payload.entry)
         spec.Unpack(request)
-        result = _load(payload.entry)(context, request)
+        result = entry(context, request)
         return JobEnd(SUCCEEDED, result=_packed(result))
     except LeaseLost:
         raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from loraline.core.config import CoreSettings
 from loraline.core.db.database import Database
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.core.jobs.handlers import StopRequested
+from loraline.core.jobs.loading import StopSignal
 from loraline.core.jobs.model import LeaseLost, warning
+from loraline.core.jobs.outputs import published_before
 from loraline.core.jobs.pacing import EventPace
 from loraline.core.jobs.patience import patiently
 from loraline.core.jobs.table import JobTable
@@ -53,7 +56,7 @@ class JobContext:
         table: JobTable,
         workdir: Path,
         telemetry: TelemetryWriter | None = None,
-        terminated: threading.Event | None = None,
+        stop: StopSignal | None = None,
         last_progress: job_pb2.Progress | None = None,
     ):
         self.job, self.kind, self.attempt, self.epoch = job, kind, attempt, epoch
@@ -61,7 +64,7 @@ class JobContext:
         self.workdir = workdir
         self._table = table
         self._telemetry = telemetry
-        self._terminated = terminated or threading.Event()
+        self._stop = stop or StopSignal()
         self._lock = threading.RLock()
         self._progress = last_progress or job_pb2.Progress()
         self._dirty = False
@@ -75,6 +78,33 @@ class JobContext:
         self._published: set[tuple[int, str]] = set()
 
     # ------------------------------------------------------------------------------------------------------- progress
+
+    def begin(self) -> None:
+        """Forget what an earlier attempt measured, so that nobody takes its figures for this one's; the child calls it.
+
+        How far the job is stays: the new attempt goes on from there.
+        """
+        self.check_stop()
+        stale = self._progress
+        if stale.metrics or stale.message or stale.HasField("eta"):
+            kept = job_pb2.Progress(
+                fraction=stale.fraction, step=stale.step, total_steps=stale.total_steps, unit=stale.unit
+            )
+            self._progress = kept
+            patiently(lambda: self._table.progress(self.job, self.epoch, kept, log=False))
+
+    @contextmanager
+    def loading(self, what: str = "libraries", *, tell: bool = True) -> Iterator[None]:
+        """Do something slow that saves nothing, such as an import; a wish to stop then ends the process at once."""
+        if tell:
+            self.check_stop()
+            self.progress(message=f"loading {what}", fraction=self._progress.fraction)
+        self._stop.loading.set()
+        try:
+            yield
+        finally:
+            self._stop.loading.clear()
+        self.check_stop()
 
     def progress(
         self,
@@ -213,7 +243,10 @@ class JobContext:
         When an earlier attempt of this job already published this kind and name, that artifact is returned and nothing
         is written, so a job that is killed late publishes once. Checkpoints are the exception: each is a new version.
         """
-        artifact = self._published_before(kind, name)
+        first_time = (kind, name) not in self._published
+        artifact = None
+        if self.attempt > 1 and first_time and kind != artifact_pb2.ARTIFACT_KIND_CHECKPOINT:
+            artifact = published_before(self._table, self.library, self.job, kind, name)
         if artifact is None:
             artifact = self.library.publish(
                 kind,
@@ -231,30 +264,13 @@ class JobContext:
         patiently(lambda: self._table.published(self.job, self.epoch, ref))
         return artifact
 
-    def _published_before(self, kind: int, name: str) -> artifact_pb2.Artifact | None:
-        """Return what an earlier attempt published, also when it died before it could write so in the job's record."""
-        first_time = (kind, name) not in self._published
-        if self.attempt == 1 or not first_time or kind == artifact_pb2.ARTIFACT_KIND_CHECKPOINT:
-            return None
-        for ref in reversed(self._table.get(self.job).outputs):
-            if ref.kind == kind and ref.name == name:
-                return self.library.get(ref)
-        token = ""
-        while True:
-            artifacts, token = self.library.list(kind=kind, name=name, page_size=200, page_token=token)
-            for artifact in artifacts:
-                if artifact.job == self.job:
-                    return self.library.get(artifact.ref)
-            if not token:
-                return None
-
     # ----------------------------------------------------------------------------------------------------------- stop
 
     @property
     def stop_cause(self) -> str:
         """`cancel`, `pause` or `handover` when the job shall stop, else empty; asks the database once a second."""
         now = time.monotonic()
-        told = self._terminated.is_set() and not self._cause
+        told = self._stop.terminated.is_set() and not self._cause
         if told or now - self._polled_at >= _POLL_SECONDS:
             self._polled_at = now
             try:
@@ -264,7 +280,7 @@ class JobContext:
             except LoralineError as error:
                 if error.code is not grpc.StatusCode.UNAVAILABLE:
                     raise
-            if self._terminated.is_set():
+            if self._stop.terminated.is_set():
                 self._cause = self._cause or "handover"
         if self._cause == "lost":
             raise LeaseLost(self.job, self.epoch)

@@ -124,11 +124,19 @@ def check_transition(name: str, current: int, target: int) -> None:
 
 
 def wrong_state(name: str, current: int, problem: str) -> LoralineError:
-    """Return FAILED_PRECONDITION for a job whose state does not allow what was asked."""
+    """Return FAILED_PRECONDITION for a job whose state does not allow what was asked; it says what can be done."""
+    remedies: dict[int, str] = {
+        QUEUED: f"`loraline jobs watch {name}` follows it, `loraline jobs cancel {name}` stops it.",
+        RUNNING: f"`loraline jobs watch {name}` follows it, `loraline jobs cancel {name}` stops it.",
+        PAUSED: f"`loraline jobs resume {name}` lets it go on, `loraline jobs cancel {name}` ends it.",
+        SUCCEEDED: f"It is done: `loraline jobs get {name}` shows what it made.",
+        FAILED: f"`loraline jobs resume {name}` takes it up again from its last state.",
+        CANCELLED: f"`loraline jobs resume {name}` takes it up again from its last state.",
+    }
     return LoralineError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "JOB_STATE",
-        f"Job {name} is {state_name(current)} and {problem}.",
+        f"Job {name} is {state_name(current)} and {problem}. {remedies.get(current, '')}".rstrip(),
         metadata={"job": name, "state": state_name(current)},
     )
 

@@ -115,5 +115,16 @@ def family(context: JobContext, request: Struct) -> None:
         time.sleep(0.05)
 
 
-COUNT, CRASH, QUOTA, FAMILY = (_handler(name) for name in ("count", "crash", "quota", "family"))
-HANDLERS = (COUNT, CRASH, QUOTA, FAMILY)
+def slow_import(context: JobContext, request: Struct) -> None:
+    """Load a library for half a minute, without asking once whether to stop."""
+    context.progress(fraction=0.1, metrics={"loss": 2.0})
+    with context.loading():
+        (context.workdir / "loading").touch()
+        for _ in range(600):
+            time.sleep(0.05)
+
+
+COUNT, CRASH, QUOTA, FAMILY, SLOW_IMPORT = (
+    _handler(name) for name in ("count", "crash", "quota", "family", "slow_import")
+)
+HANDLERS = (COUNT, CRASH, QUOTA, FAMILY, SLOW_IMPORT)

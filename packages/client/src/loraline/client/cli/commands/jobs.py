@@ -41,16 +41,17 @@ def register(app: App) -> None:
     group.command("list")(list_jobs)
     group.command("get")(get)
     group.command("watch")(watch)
-    for name, done, text in _STEERING:
-        group.command(name, help=text)(_steer(name, done))
+    for name, text in _STEERING:
+        group.command(name, help=text)(_steer(name))
     group.command("delete")(delete)
 
 
 _STEERING = (
-    ("cancel", "asked to stop for good", "Stop a job for good. `loraline jobs resume` can take it up again."),
-    ("pause", "asked to pause", "Stop a job with its progress kept."),
-    ("resume", "queued again", "Let a paused, failed or cancelled job go on from its last state."),
+    ("cancel", "Stop a job for good. `loraline jobs resume` can take it up again."),
+    ("pause", "Stop a job with its progress kept."),
+    ("resume", "Let a paused, failed or cancelled job go on from its last state."),
 )
+_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 
 def list_jobs(
@@ -187,17 +188,35 @@ def _outcome(client: Loraline, job: job_pb2.Job) -> StageOutcome:
     return outcome
 
 
-def _steer(action: str, done: str) -> Callable[..., None]:
+def _steer(action: str) -> Callable[..., None]:
     def steer(name: Name) -> None:
         with invocation().client() as client:
+            before = client.jobs.get(name)
             job = getattr(client.jobs, action)(name)
         output = invocation().output
         if output.json:
             output.data(job)
         else:
-            output.say(f"{name}: {done}; now {state_word(job)}")
+            output.say(f"{name}: {_what_happened(action, before, job)}")
 
     return steer
+
+
+def _what_happened(action: str, before: job_pb2.Job, job: job_pb2.Job) -> str:
+    """Return where the job stands after a wish, and what to do next where it is not what was wished."""
+    resume, state = f"loraline jobs resume {job.name}", enum_word(job_pb2.JobState.DESCRIPTOR, job.state)
+    if action == "resume":
+        return f"queued again; follow it: loraline jobs watch {job.name}"
+    if before.state in _ENDED:
+        again = "" if job.state == job_pb2.JOB_STATE_SUCCEEDED else f"; to take it up again: {resume}"
+        return f"had ended before and is still {state}; there was nothing to {action}{again}"
+    if action == "pause" and job.requested_stop == "cancel":
+        return f"is {state} and was asked to cancel before, which stays; when it is cancelled: {resume}"
+    if job.requested_stop:
+        return f"asked to {action}; it is {state} until it has saved its state: loraline jobs watch {job.name}"
+    if before.state == job.state:
+        return f"is {state} already; to let it go on: {resume}"
+    return f"{state}; to let it go on: {resume}"
 
 
 def delete(name: Name) -> None:
