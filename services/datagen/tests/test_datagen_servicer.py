@@ -106,16 +106,21 @@ async def test_paths_outside_the_allowed_folders_are_refused(running: Running, t
     assert (await refused(call))[:2] == (grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND")
 
 
-async def test_what_is_not_served_is_refused_by_name(running: Running, persona: Path) -> None:
+async def test_a_gate_that_cannot_be_kept_is_refused_by_name(running: Running, persona: Path) -> None:
     ref = running.upload(persona / "settings")
-    for gate, field in (
-        (datagen_pb2.QualityGate(max_length=5), "gate.max_length"),
-        (datagen_pb2.QualityGate(language="ko"), "gate.language"),
-        (datagen_pb2.QualityGate(max_response_characters=9), "gate.max_response_characters"),
+    model = artifact_pb2.ArtifactRef(kind=artifact_pb2.ARTIFACT_KIND_MODEL, name="base")
+    for gate, reason, field in (
+        (datagen_pb2.QualityGate(max_length=5), "BASE_MODEL_MISSING", "gate.base_model"),
+        (datagen_pb2.QualityGate(base_model=ref, max_length=5), "ARTIFACT_KIND_WRONG", "gate.base_model"),
+        (datagen_pb2.QualityGate(base_model=model), "ARTIFACT_NOT_FOUND", "model/base"),
+        (datagen_pb2.QualityGate(language="fr"), "LANGUAGE_UNKNOWN", "fr"),
+        (datagen_pb2.QualityGate(answer_schema={"type": "thing"}), "ANSWER_SCHEMA_INVALID", "gate.answer_schema"),
+        (datagen_pb2.QualityGate(allow_codes=["ROW_INVALID"]), "FINDING_CANNOT_BE_ALLOWED", "ROW_INVALID"),
+        (datagen_pb2.QualityGate(refuse_codes=["TYPO"]), "FINDING_UNKNOWN", "gate.refuse_codes"),
     ):
         request = datagen_pb2.ConvertDatasetRequest(name="x", source=convert(ref), gate=gate)
-        code, reason, message = await refused(running.datagen.ConvertDataset(request))
-        assert (code, reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED")
+        _, found, message = await refused(running.datagen.ConvertDataset(request))
+        assert found == reason
         assert field in message
     wrong = artifact_pb2.ArtifactRef(kind=artifact_pb2.ARTIFACT_KIND_MODEL, name="raw")
     request = datagen_pb2.ConvertDatasetRequest(name="x", source=convert(wrong))

@@ -67,7 +67,7 @@ def test_spooled_rows_all_arrive_once_and_in_order(tmp_path_factory, drawn, drop
     numbers = [int(row["source"].split(":")[1]) for row in written]
     assert numbers == sorted(numbers)
     assert (folder / "out" / "validation.jsonl").exists() == (validation > 0)
-    codes = {finding.code for finding in check_folder(folder / "out").findings()}
+    codes = {finding.code for finding in check_folder(folder / "out").findings}
     assert "LEAKAGE" not in codes
     assert ("EXACT_DUPLICATES" in codes) == (not drop and len(set(drawn)) < len(drawn))
 

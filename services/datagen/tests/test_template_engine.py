@@ -113,6 +113,34 @@ def test_wrong_templates_are_named(change, reason: str, field: str) -> None:  # 
     assert list(caught.value.fields) == [field]
 
 
+def test_variations_are_drawn_evenly_and_make_no_second_answer_to_a_prompt() -> None:
+    made = datagen_pb2.TemplateRecipe(rows=300, kind="feedback")
+    made.pools["n"].items.extend(datagen_pb2.PoolItem(text=str(n)) for n in range(100))
+    made.templates.add(prompt="Unused {n}", response="x", weight=0.0001)
+    made.templates.add(
+        prompt="Did {n}.", prompt_variations=["I did {n}!", "{n} is done.", "Did {n}."], response="Good: {n}.",
+        response_variations=["{n}? Well done.", "On to {n} and one."],
+    )  # fmt: skip
+    rows = list(generate(template_of(made, "t"), 4))
+    prompts = Counter(row.messages[0]["content"].replace("0", "") for row in rows)
+    assert max(prompts.values()) <= 10
+    assert {row.kind for row in rows} == {"feedback"}
+    assert Counter(row.rule for row in rows)["templates[1]"] >= 295
+    answers = Counter(row.messages[1]["content"].split()[0].rstrip("?:0123456789") for row in rows)
+    assert all(70 <= answers[word] <= 130 for word in ("Good", "On", ""))
+    assert len({row.messages[0]["content"] for row in rows}) == 300
+    assert [row.to_line() for row in generate(template_of(made, "t"), 4)] == [row.to_line() for row in rows]
+    made.rows = 401
+    with pytest.raises(LoralineError) as caught:
+        generate(template_of(made, "t"), 4)
+    assert caught.value.metadata["possible"] == "400"
+    assert "templates[1] gives 300" in caught.value.message
+    made.templates.add(prompt="x", response="y", prompt_variations=["{nobody}"])
+    with pytest.raises(LoralineError) as caught:
+        template_of(made, "t")
+    assert list(caught.value.fields) == ["t.templates[2]"]
+
+
 def test_braces() -> None:
     assert pools_in('{a} {{b}} {"c": "{d}"}') == {"a", "d"}
     assert fill("{{{a}}} {{}}", {"a": "x"}) == "{x} {}"

@@ -22,9 +22,11 @@ from loraline.datagen.publish.spool import RowSpool
 from loraline.datagen.quality.checks import check_folder
 from loraline.datagen.quality.findings import Finding
 from loraline.datagen.quality.gate import Gate, refusal
+from loraline.datagen.quality.report import write_report
+from loraline.datagen.quality.request import gate_of, settings_of
 from loraline.datagen.rows import Row
 from loraline.datagen.sources import convert_rows, llm_rows, template_rows
-from loraline.datagen.spec import gate_of, named_sources, split_of
+from loraline.datagen.spec import named_sources, split_of
 
 if TYPE_CHECKING:
     from loraline.datagen.llms.intake import Intake
@@ -139,14 +141,9 @@ class _DatasetJob:
         if not len(spool):
             told = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items())) or "no records at all"
             raise refusal([Finding("EMPTY_DATASET", f"No row came out of the sources ({told}).")])
-        folder = context.workdir / "dataset"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder = _new_folder(context.workdir / "dataset")
         train, validation = spool.write(folder, self._fraction, self._seed)
-        findings = check_folder(folder).findings()
-        refused = self._gate.refused(findings)
-        if refused:
-            raise refusal(refused)
+        findings = self._check(folder)
         inputs = self._inputs()
         settings = json_format.MessageToDict(self._request, preserving_proto_field_name=True)
         settings.pop("request_id", None)
@@ -162,9 +159,31 @@ class _DatasetJob:
             rows_by_kind=spool.statistics.by_kind, findings=[finding.to_proto() for finding in findings],
         )  # fmt: skip
 
+    def _check(self, folder: Path) -> list[Finding]:
+        """Check the rows and write the report beside them; a refused dataset leaves its report in the store."""
+        context = self._context
+        context.progress(fraction=0.9, message="Checking rows", unit="row")
+        settings = settings_of(self._request.gate, context.library)
+        check = check_folder(folder, settings, context.workdir, lambda _: context.check_stop())
+        refused = self._gate.refused(check.findings)
+        report = _new_folder(context.workdir / "report") if refused else folder
+        write_report(report, self._request.name, folder, check, not refused)
+        if refused:
+            kind = artifact_pb2.ARTIFACT_KIND_REPORT
+            facts = {"passed": False, "findings": [finding.code for finding in check.findings]}
+            told = publish_folder(context, self._request.name, report, self._inputs(), {}, facts, kind)
+            raise refusal(refused, format_ref(told.ref))
+        return check.findings
+
     def _inputs(self) -> list[artifact_pb2.ArtifactRef]:
         converts = [source.convert for _, source in self._sources]
         return [convert.artifact for convert in converts if convert.WhichOneof("location") == "artifact"]
+
+
+def _new_folder(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _llm_figures(intake: Intake) -> dict[str, float]:

@@ -27,8 +27,9 @@ from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.metrics import DatagenMetrics
 from loraline.datagen.preview import preview
 from loraline.datagen.publish.split import DEFAULT_FRACTION
+from loraline.datagen.quality.request import gate_of, resolve_base_model
 from loraline.datagen.sources import endpoint_for
-from loraline.datagen.spec import check_source, gate_of, named_sources
+from loraline.datagen.spec import check_source, named_sources
 
 CONVERT = JobHandler("datagen.convert", datagen_pb2.ConvertDatasetRequest, "loraline.datagen.job:convert_dataset")
 GENERATE = JobHandler("datagen.generate", datagen_pb2.GenerateDatasetRequest, "loraline.datagen.job:generate_dataset")
@@ -76,6 +77,7 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
         if not spec.split.HasField("validation_fraction"):
             spec.split.validation_fraction = DEFAULT_FRACTION
         inputs = await self._resolve_sources(spec)
+        inputs += await self._resolve_gate(spec.gate)
         return await self._platform.jobs.submit(handler, spec, inputs=inputs, labels=_labels(request.labels))
 
     async def _check(self, source: datagen_pb2.DatasetSource, field: str) -> None:
@@ -101,6 +103,10 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
                 convert.artifact.CopyFrom(await self._resolve(convert.artifact))
                 inputs.append(convert.artifact)
         return inputs
+
+    async def _resolve_gate(self, gate: datagen_pb2.QualityGate) -> list[artifact_pb2.ArtifactRef]:
+        await asyncio.to_thread(resolve_base_model, gate, self._platform.library)
+        return [gate.base_model] if gate.HasField("base_model") else []
 
     async def _resolve(self, ref: artifact_pb2.ArtifactRef) -> artifact_pb2.ArtifactRef:
         return await asyncio.to_thread(self._platform.library.resolve, ref)
@@ -129,7 +135,8 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
         spec = datagen_pb2.CheckDatasetRequest()
         spec.CopyFrom(request)
         spec.dataset.CopyFrom(await self._resolve(request.dataset))
-        job = await self._platform.jobs.submit(CHECK, spec, inputs=[spec.dataset])
+        inputs = [spec.dataset, *await self._resolve_gate(spec.gate)]
+        job = await self._platform.jobs.submit(CHECK, spec, inputs=inputs)
         return datagen_pb2.CheckDatasetResponse(job=job)
 
     async def ProbeEndpoint(

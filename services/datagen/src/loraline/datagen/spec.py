@@ -15,7 +15,6 @@ from loraline.datagen.convert.engine import ConvertSettings
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import find_recipe, with_schema
 from loraline.datagen.publish.split import DEFAULT_FRACTION
-from loraline.datagen.quality.gate import Gate
 from loraline.datagen.template.engine import Template, TemplateFormat, TemplateSettings, Weighted
 from loraline.datagen.template.places import pools_in
 
@@ -30,20 +29,6 @@ def split_of(split: datagen_pb2.Split) -> tuple[float, int]:
     """Return the validation fraction and the seed."""
     fraction = split.validation_fraction if split.HasField("validation_fraction") else DEFAULT_FRACTION
     return fraction, split.seed
-
-
-def gate_of(gate: datagen_pb2.QualityGate) -> Gate:
-    """Return the gate; NOT_SUPPORTED for its fields that need a tokenizer or a language rule."""
-    for field in ("base_model", "max_length", "max_response_characters", "language"):
-        if _is_set(gate, field):
-            raise unsupported(f"gate.{field}", "Leave it unset.")
-    checked = Gate(frozenset(gate.refuse_codes), frozenset(gate.allow_codes), gate.drop_duplicates)
-    checked.check_codes()
-    return checked
-
-
-def _is_set(message: Any, field: str) -> bool:
-    return any(descriptor.name == field for descriptor, _ in message.ListFields())
 
 
 def named_sources(sources: Sequence[datagen_pb2.DatasetSource]) -> list[tuple[str, datagen_pb2.DatasetSource]]:
@@ -101,8 +86,9 @@ def template_of(recipe: datagen_pb2.TemplateRecipe, field: str) -> TemplateSetti
         place = f"{field}.templates[{index}]"
         response_json = json_value(template.response_json) if template.HasField("response_json") else None
         _check_answers(template, response_json, wanted, place)
-        used = pools_in(template.prompt) | pools_in(template.response if "newline" in wanted else "")
-        used |= pools_in(response_json) if "json" in wanted else set()
+        responses = (template.response, *template.response_variations) if "newline" in wanted else ()
+        prompts = tuple(dict.fromkeys((template.prompt, *template.prompt_variations)))
+        used = pools_in([*prompts, *responses]) | (pools_in(response_json) if "json" in wanted else set())
         missing = sorted(used - pools.keys())
         if missing:
             raise invalid_argument(
@@ -110,15 +96,17 @@ def template_of(recipe: datagen_pb2.TemplateRecipe, field: str) -> TemplateSetti
                 f"{', '.join(sorted(pools)) or 'none'}). Add it, or write {{{{ and }}}} for plain braces.",
                 **{place: f"no pool {', '.join(missing)}"},
             )  # fmt: skip
-        templates.append(
-            Template(template.prompt, template.response, response_json, template.weight or 1.0, tuple(sorted(used)))
-        )
-    return TemplateSettings(pools, templates, recipe.rows, shares, recipe.system_prompt)
+        weight, places = (template.weight or 1.0) / len(prompts), tuple(sorted(used))
+        templates += [Template(prompt, responses, response_json, weight, places, index) for prompt in prompts]
+    return TemplateSettings(pools, templates, recipe.rows, shares, recipe.system_prompt, recipe.kind or "template")
 
 
 def _check_answers(template: datagen_pb2.RowTemplate, response_json: Any, wanted: set[str], place: str) -> None:
-    if not template.prompt.strip():
-        raise invalid_argument("TEMPLATE_EMPTY", f"{place}.prompt is blank.", **{f"{place}.prompt": "blank"})
+    named = {"prompt": [template.prompt], "prompt_variations": template.prompt_variations,
+             "response_variations": template.response_variations}  # fmt: skip
+    for field, texts in named.items():
+        if not all(text.strip() for text in texts):
+            raise invalid_argument("TEMPLATE_EMPTY", f"{place}.{field} is blank.", **{f"{place}.{field}": "blank"})
     if "newline" in wanted and not template.response.strip():
         raise invalid_argument(
             "TEMPLATE_WITHOUT_RESPONSE", f"{place} has no response, and NEWLINE rows are wanted. Write it.",

@@ -31,10 +31,12 @@ class Lengths:
         if not total:
             return {}
         mean = sum(length * count for length, count in self.counts.items()) / total
-        return {"min": min(self.counts), "median": self._at(total * 0.5), "mean": round(mean, 1),
-                "p95": self._at(total * 0.95), "max": max(self.counts)}  # fmt: skip
+        return {"min": min(self.counts), "median": self.percentile(0.5), "mean": round(mean, 1),
+                "p95": self.percentile(0.95), "max": max(self.counts)}  # fmt: skip
 
-    def _at(self, position: float) -> int:
+    def percentile(self, share: float) -> int:
+        """Return the smallest length that `share` (0 to 1) of all do not exceed; there must be one at least."""
+        position = share * self.counts.total()
         passed = 0
         for length in sorted(self.counts):
             passed += self.counts[length]

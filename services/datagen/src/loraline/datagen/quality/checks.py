@@ -1,161 +1,120 @@
-"""The checks of a dataset's files, in one pass over each."""
+"""The check of a dataset: every rule sees every row once, one row at a time."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loraline.datagen.quality.findings import ROWS_SHOWN, Finding, gravest_first
-from loraline.datagen.rows import prompt_digest, row_digest
+from loraline.datagen.publish.spool import Lengths
+from loraline.datagen.quality.findings import Finding, gravest_first, rows_text
+from loraline.datagen.quality.rules.answers import AnswersRule
+from loraline.datagen.quality.rules.damage import DamageRule
+from loraline.datagen.quality.rules.duplicates import DuplicatesRule
+from loraline.datagen.quality.rules.formats import FormatsRule
+from loraline.datagen.quality.rules.instructions import InstructionsRule
+from loraline.datagen.quality.rules.language import LanguageRule
+from loraline.datagen.quality.rules.monotony import MonotonyRule
+from loraline.datagen.quality.rules.near import NearDuplicatesRule
+from loraline.datagen.quality.rules.rule import Rule
+from loraline.datagen.quality.rules.shape import ShapeRule
+from loraline.datagen.quality.rules.spacing import SpacingRule
+from loraline.datagen.quality.rules.tokens import TokensRule
+from loraline.datagen.quality.rules.variety import VarietyRule
+from loraline.datagen.quality.seen import FILES, TRAIN, VALIDATION, LineIndex, SeenRow, messages_of, read_rows
+from loraline.datagen.quality.settings import CheckSettings
+from loraline.datagen.quality.tokenizer import load_tokenizer
 
-TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 ADVISED_ROWS = 500
-FIXED_SHARE = 0.5
-REPEATED_SYSTEM_SHARE = 0.9
-SHARES_NEED_ROWS = 20
-ROLES = frozenset({"system", "user", "assistant"})
+"""From the field's practice: below this, runs on personas and commands learnt form and not content."""
+TELL_EVERY = 1000
 
-
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield each row with its line number; a line that is no JSON comes as None."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, None
-
-
-def messages_of(row: Any) -> list[Mapping[str, Any]] | None:
-    """Return the row's messages, or None when it has none that can be read."""
-    messages = row.get("messages") if isinstance(row, Mapping) else None
-    if not isinstance(messages, list) or not messages:
-        return None
-    for message in messages:
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            return None
-        if not isinstance(message.get("content"), str):
-            return None
-    return messages
+Progress = Callable[[int], None]
 
 
 class DatasetCheck:
-    """Collects what is wrong while the rows go by; memory grows with 32 bytes or so a row, not with their texts."""
+    """Collects what is wrong while the rows go by. What grows with their number lies in `scratch`, on disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: CheckSettings, scratch: Path) -> None:
         self.rows: Counter[str] = Counter()
-        self._found: defaultdict[str, list[str]] = defaultdict(list)
-        self._count: Counter[str] = Counter()
-        self._seen: set[bytes] = set()
-        self._train_prompts: set[bytes] = set()
-        self._systems: Counter[str] = Counter()
-        self._first_lines: Counter[str] = Counter()
-        self._formats: Counter[str] = Counter()
+        self.index = LineIndex()
+        self._shape = ShapeRule()
+        self._rules: list[Rule] = [
+            self._shape, AnswersRule(settings), DuplicatesRule(scratch),
+            NearDuplicatesRule(scratch, settings.similarity), InstructionsRule(), MonotonyRule(), VarietyRule(),
+            DamageRule(), LanguageRule(settings), SpacingRule(), FormatsRule(),
+        ]  # fmt: skip
+        if settings.tokenizer is not None:
+            self._rules.append(TokensRule(load_tokenizer(settings.tokenizer), settings.max_length))
+        self._prompts, self._answers = Lengths(), Lengths()
+        self.findings: list[Finding] = []
+        """What was found, gravest first; there once finish() was called."""
 
-    def add_file(self, folder: Path, name: str) -> None:
-        """Check one file; train.jsonl must come before validation.jsonl."""
-        for number, row in read_rows(folder / name):
-            self.add(name, number, row)
-
-    def add(self, name: str, number: int, row: Any) -> None:
-        """Check one row."""
-        place = f"{name}:{number}"
+    def add(self, name: str, line: int, row: Any) -> None:
+        """Check one row; rows of train.jsonl come first."""
+        number = self.index.number(name, line)
         self.rows[name] += 1
         messages = messages_of(row)
         if messages is None:
-            self._report("ROW_INVALID", place)
+            self._shape.see_unreadable(number)
             return
-        if not any(message["role"] == "assistant" for message in messages):
-            self._report("ROW_WITHOUT_ASSISTANT", place)
-        if not all(message["content"].strip() for message in messages):
-            self._report("EMPTY_CONTENT", place)
-        elif any(m["content"] != m["content"].strip() for m in messages if m["role"] != "system"):
-            self._report("UNTRIMMED_CONTENT", place)
-        digest = row_digest(messages)
-        if digest in self._seen:
-            self._report("EXACT_DUPLICATES", place)
-        self._seen.add(digest)
-        prompt = prompt_digest(messages)
-        if name == TRAIN:
-            self._train_prompts.add(prompt)
-        elif prompt in self._train_prompts:
-            self._report("LEAKAGE", place)
-        self._count_shares(row, messages)
+        seen = SeenRow(name, number, row, messages)
+        for rule in self._rules:
+            rule.see(seen)
+        self._prompts.add(len(seen.prompt))
+        for answer in seen.answers:
+            self._answers.add(len(answer))
 
-    def _count_shares(self, row: Mapping[str, Any], messages: list[Mapping[str, Any]]) -> None:
-        if messages[0]["role"] == "system":
-            self._systems[messages[0]["content"]] += 1
-        asked = next((m["content"] for m in messages if m["role"] == "user"), "")
-        first, _, rest = asked.partition("\n")
-        if rest or len(first) <= 200:
-            self._first_lines[first] += 1
-        answer = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), "")
-        text = answer.strip()
-        self._formats["json" if text.startswith("{") and text.endswith("}") else "text"] += 1
-
-    def _report(self, code: str, place: str) -> None:
-        self._count[code] += 1
-        if len(self._found[code]) < ROWS_SHOWN:
-            self._found[code].append(place)
-
-    def findings(self) -> list[Finding]:
+    def finish(self) -> list[Finding]:
         """Return everything found, gravest first."""
         total = self.rows.total()
-        found = [
-            Finding(code, f"{_rows(self._count[code])} of {total}: {_MESSAGES[code]}", self._count[code], places)
-            for code, places in self._found.items()
-        ]
+        found = list(self._sizes(total))
+        for rule in self._rules:
+            found.extend(rule.findings(total, self.index))
+        for finding in found:
+            finding.rows = [self.index.place(number) for number in finding.numbers]
+        self.findings = gravest_first(found)
+        return self.findings
+
+    def _sizes(self, total: int) -> Iterator[Finding]:
         if not self.rows[TRAIN]:
-            found.append(Finding("EMPTY_DATASET", f"{TRAIN} has no rows."))
+            yield Finding("EMPTY_DATASET", f"{TRAIN} has no rows.")
         elif total < ADVISED_ROWS:
-            found.append(Finding("FEW_ROWS", f"The dataset has {_rows(total)}; {ADVISED_ROWS} are advised.", total))
+            yield Finding("FEW_ROWS", f"The dataset has {rows_text(total)}; {ADVISED_ROWS} are advised.", total)
         if self.rows[TRAIN] and not self.rows[VALIDATION]:
-            found.append(Finding("NO_VALIDATION_ROWS", "The dataset has no validation rows."))
-        found.extend(self._shares(total))
-        return gravest_first(found)
+            yield Finding("NO_VALIDATION_ROWS", "The dataset has no validation rows.")
 
-    def _shares(self, total: int) -> Iterator[Finding]:
-        if total < SHARES_NEED_ROWS:
-            return
-        if self._first_lines:
-            line, count = self._first_lines.most_common(1)[0]
-            if count / total >= FIXED_SHARE:
-                told = f"{_rows(count)} of {total} ask with the same first line: {line[:80]!r}."
-                yield Finding("FIXED_INSTRUCTION", told, count)
-        if self._systems:
-            _, count = self._systems.most_common(1)[0]
-            if count / total >= REPEATED_SYSTEM_SHARE:
-                told = f"{_rows(count)} of {total} carry the same system prompt."
-                yield Finding("REPEATED_SYSTEM_PROMPT", told, count)
-        if len(self._formats) > 1:
-            told = ", ".join(f"{count} {name}" for name, count in sorted(self._formats.items()))
-            fewer = min(self._formats.values())
-            yield Finding("MIXED_FORMATS", f"Answers come in more than one format: {told}.", fewer)
+    def figures(self) -> dict[str, Any]:
+        """Return what the report draws: lengths, languages, kinds, formats, duplicates, emoji, tokens."""
+        figures: dict[str, Any] = {"duplicates": {}}
+        for rule in self._rules:
+            told = rule.figures()
+            figures["duplicates"].update(told.pop("duplicates", {}))
+            figures.update(told)
+        return {**figures, "prompt_characters": self._prompts, "answer_characters": self._answers}
 
 
-_MESSAGES = {
-    "ROW_INVALID": "not a list of messages with role and text.",
-    "ROW_WITHOUT_ASSISTANT": "without an assistant turn.",
-    "EMPTY_CONTENT": "with an empty turn.",
-    "UNTRIMMED_CONTENT": "with white space at the ends of a turn.",
-    "EXACT_DUPLICATES": "exact duplicates of an earlier row.",
-    "LEAKAGE": "validation rows whose prompt also stands in train.jsonl.",
-}
+def check_folder(
+    folder: Path,
+    settings: CheckSettings | None = None,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> DatasetCheck:
+    """Check a dataset's folder; a missing file counts as an empty one.
 
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
-
-
-def check_folder(folder: Path) -> DatasetCheck:
-    """Check a dataset's folder; a missing file counts as an empty one."""
-    check = DatasetCheck()
-    for name in (TRAIN, VALIDATION):
-        if (folder / name).is_file():
-            check.add_file(folder, name)
+    `scratch` is an existing folder for what does not fit into memory (a sketch of some 500 bytes a row; removed at the
+    end); `progress` hears the number of rows read, now and then.
+    """
+    with tempfile.TemporaryDirectory(prefix="check-", dir=scratch) as own:
+        check = DatasetCheck(settings or CheckSettings(), Path(own))
+        for name in FILES:
+            if not (folder / name).is_file():
+                continue
+            for line, row in read_rows(folder / name):
+                check.add(name, line, row)
+                if progress is not None and check.rows.total() % TELL_EVERY == 0:
+                    progress(check.rows.total())
+        check.finish()
     return check

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import grpc
 
 from loraline.core.errors import LoralineError, invalid_argument
-from loraline.datagen.quality.findings import CODES, Finding
+from loraline.datagen.quality.catalogue import CODES
+from loraline.datagen.quality.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,19 @@ class Gate:
         return finding.code in self.refuse if self.refuse else finding.meaning.severity == "error"
 
 
-def refusal(refused: Sequence[Finding]) -> LoralineError:
-    """Return the error of a dataset that the gate refuses; its reason is the gravest finding's code."""
+def refusal(refused: Sequence[Finding], report: str = "") -> LoralineError:
+    """Return the error of a dataset that the gate refuses; its reason is the gravest finding's code.
+
+    `report` is the artifact with the rows in question, if one was published.
+    """
     first = refused[0]
     told = " ".join(f"{finding.message} {finding.meaning.remedy}" for finding in refused[:5])
     metadata = {"findings": ",".join(finding.code for finding in refused)}
     if first.rows:
         metadata["rows"] = ",".join(first.rows[:10])
+    if report:
+        metadata["report"] = report
+        told += f" The rows are shown in {report}: loraline artifacts pull {report}"
     return LoralineError(
         grpc.StatusCode.FAILED_PRECONDITION, first.code, f"The dataset was not published: {told}", metadata=metadata
     )

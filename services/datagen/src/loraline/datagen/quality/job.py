@@ -13,10 +13,12 @@ from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import failed_precondition
 from loraline.core.jobs.context import JobContext
 from loraline.datagen.job import publish_folder
-from loraline.datagen.quality.checks import TRAIN, VALIDATION, DatasetCheck, check_folder
+from loraline.datagen.quality.checks import DatasetCheck, check_folder
 from loraline.datagen.quality.fix import fix_folder
 from loraline.datagen.quality.report import write_report
-from loraline.datagen.spec import gate_of
+from loraline.datagen.quality.request import gate_of, settings_of
+from loraline.datagen.quality.seen import TRAIN, VALIDATION
+from loraline.datagen.quality.settings import CheckSettings
 
 
 def check_dataset(context: JobContext, request: datagen_pb2.CheckDatasetRequest) -> datagen_pb2.CheckResult:
@@ -28,29 +30,46 @@ def check_dataset(context: JobContext, request: datagen_pb2.CheckDatasetRequest)
             "DATASET_WITHOUT_TRAIN_FILE", f"{format_ref(request.dataset)} has no {TRAIN}. Convert its files first, "
             "with ConvertDataset.", dataset=format_ref(request.dataset),
         )  # fmt: skip
-    context.progress(fraction=0.1, message="Checking rows", unit="row")
-    check = check_folder(source)
-    findings = check.findings()
-    context.check_stop()
+    settings = settings_of(request.gate, context.library)
+    check = _check(context, source, settings)
     result = datagen_pb2.CheckResult(
-        findings=[finding.to_proto() for finding in findings], passed=not gate.refused(findings)
+        findings=[finding.to_proto() for finding in check.findings], passed=not gate.refused(check.findings)
     )
-    result.report.CopyFrom(_publish_report(context, request, check, result.passed))
+    result.report.CopyFrom(_publish_report(context, request, source, check, result.passed))
     if request.fix:
         context.progress(fraction=0.7, message="Fixing rows", unit="row")
-        fixed = _publish_fixed(context, request, source)
+        fixed = _publish_fixed(context, request, source, settings)
         if fixed is not None:
             result.fixed.CopyFrom(fixed)
     context.progress(fraction=1.0, message="Checked", unit="row")
     return result
 
 
+def _check(context: JobContext, source: Path, settings: CheckSettings) -> DatasetCheck:
+    """Check every row; progress tells the share of the files' lines that were read."""
+    lines = sum(_line_count(source / name) for name in (TRAIN, VALIDATION))
+
+    def tell(rows: int) -> None:
+        context.check_stop()
+        context.progress(fraction=min(0.6, 0.6 * rows / max(lines, 1)), message=f"{rows} rows checked", unit="row")
+
+    tell(0)
+    return check_folder(source, settings, context.workdir, tell)
+
+
+def _line_count(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def _publish_report(
-    context: JobContext, request: datagen_pb2.CheckDatasetRequest, check: DatasetCheck, passed: bool
+    context: JobContext, request: datagen_pb2.CheckDatasetRequest, source: Path, check: DatasetCheck, passed: bool
 ) -> artifact_pb2.ArtifactRef:
     folder = _new_folder(context.workdir / "report")
     dataset = format_ref(request.dataset)
-    write_report(folder, dataset, check, passed)
+    write_report(folder, dataset, source, check, passed)
     counts = {"train_rows": check.rows[TRAIN], "validation_rows": check.rows[VALIDATION], "passed": passed}
     artifact = publish_folder(
         context, request.dataset.name, folder, [request.dataset], {"dataset": dataset}, counts,
@@ -60,24 +79,27 @@ def _publish_report(
 
 
 def _publish_fixed(
-    context: JobContext, request: datagen_pb2.CheckDatasetRequest, source: Path
+    context: JobContext, request: datagen_pb2.CheckDatasetRequest, source: Path, settings: CheckSettings
 ) -> artifact_pb2.ArtifactRef | None:
     folder = context.workdir / "fixed"
     shutil.rmtree(folder, ignore_errors=True)
-    done = fix_folder(source, folder)
+    done = fix_folder(source, folder, context.workdir)
     if not done:
         return None
-    check = check_folder(folder)
+    check = check_folder(folder, settings, context.workdir, lambda _: context.check_stop())
     if not check.rows[TRAIN]:
         context.note("Nothing would be left of train.jsonl; no fixed version was published.", severity="warning",
                      reason="FIX_LEAVES_NOTHING")  # fmt: skip
         return None
     _write_card(folder, format_ref(request.dataset), done, check)
+    write_report(
+        folder, f"{request.dataset.name}, fixed", folder, check, not gate_of(request.gate).refused(check.findings)
+    )
     told = ", ".join(f"{count} {code}" for code, count in sorted(done.items()))
     context.note(f"Fixed: {told}.", reason="DATASET_FIXED")
     facts = {"rows": check.rows.total(), "train_rows": check.rows[TRAIN], "validation_rows": check.rows[VALIDATION]}
-    settings = {"fixed_from": format_ref(request.dataset), "fixes": dict(done)}
-    return publish_folder(context, request.dataset.name, folder, [request.dataset], settings, facts).ref
+    applied = {"fixed_from": format_ref(request.dataset), "fixes": dict(done)}
+    return publish_folder(context, request.dataset.name, folder, [request.dataset], applied, facts).ref
 
 
 def _write_card(folder: Path, dataset: str, done: Counter[str], check: DatasetCheck) -> None:
@@ -91,7 +113,7 @@ def _write_card(folder: Path, dataset: str, done: Counter[str], check: DatasetCh
     rows = {"train": check.rows[TRAIN], "validation": check.rows[VALIDATION]}
     before = card.get("rows")
     card["rows"] = {**before, **rows} if isinstance(before, dict) else rows
-    card["findings"] = [finding.to_json() for finding in check.findings()]
+    card["findings"] = [finding.to_json() for finding in check.findings]
     card["fixed_from"], card["fixes"] = dataset, dict(sorted(done.items()))
     path.write_text(json.dumps(card, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
     readme = folder / "README.md"

@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
-import html
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from loraline.datagen.quality.checks import TRAIN, VALIDATION, DatasetCheck
+from loraline.datagen.publish.spool import Lengths
+from loraline.datagen.quality.checks import DatasetCheck
+from loraline.datagen.quality.excerpts import read_excerpts
+from loraline.datagen.quality.page import page
+from loraline.datagen.quality.seen import TRAIN, VALIDATION
 
-REPORT_VERSION = 1
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "article{border-left:.4rem solid #888;padding:.1rem 1rem;margin:1rem 0;background:#f7f7f7}"
-    ".error{border-color:#b3261e}.warning{border-color:#b26a00}.info{border-color:#33691e}code{overflow-wrap:anywhere}"
-)
+REPORT_VERSION = 2
+REPORT_FILES = ("report.json", "report.html")
+BARS = 24
 
 
-def write_report(folder: Path, dataset: str, check: DatasetCheck, passed: bool) -> None:
-    """Write both files."""
-    report: dict[str, Any] = {
+def write_report(target: Path, dataset: str, rows: Path, check: DatasetCheck, passed: bool) -> None:
+    """Write both files into `target`; `rows` is the folder of the dataset that was checked."""
+    findings = [finding.to_json() for finding in check.findings]
+    excerpts = read_excerpts(rows, [place for finding in findings for place in finding["rows"]])
+    for finding in findings:
+        finding["examples"] = [{"row": place, **excerpts.get(place, {})} for place in finding["rows"]]
+    report = {
         "version": REPORT_VERSION,
         "dataset": dataset,
         "passed": passed,
         "rows": {"train": check.rows[TRAIN], "validation": check.rows[VALIDATION]},
-        "findings": [finding.to_json() for finding in check.findings()],
+        "findings": findings,
+        "figures": _figures(check.figures()),
     }
     text = json.dumps(report, ensure_ascii=False, indent=2)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8", newline="\n")
-    (folder / "report.html").write_text(_page(report), encoding="utf-8", newline="\n")
+    (target / "report.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    (target / "report.html").write_text(page(report), encoding="utf-8", newline="\n")
 
 
-def _page(report: dict[str, Any]) -> str:
-    escape = html.escape
-    rows, verdict = report["rows"], "passes" if report["passed"] else "does not pass"
-    findings = "".join(_article(finding) for finding in report["findings"]) or "<p>Nothing was found.</p>"
-    title = escape(f"Check of {report['dataset']}")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><p>{rows['train']} rows for training, {rows['validation']} for validation. The dataset "
-        f"<strong>{verdict}</strong> the gate.</p>{findings}</html>\n"
-    )
+def _figures(figures: dict[str, Any]) -> dict[str, Any]:
+    lengths = {
+        "prompt_characters": figures.pop("prompt_characters"),
+        "answer_characters": figures.pop("answer_characters"),
+    }
+    if "tokens" in figures:
+        lengths["row_tokens"] = Lengths(figures.pop("tokens"))
+    told = {name: {**found.summary(), "histogram": histogram(found.counts)} for name, found in lengths.items()}
+    return {**figures, "lengths": told}
 
 
-def _article(finding: dict[str, Any]) -> str:
-    escape = html.escape
-    places = f"<p>Rows: <code>{escape(', '.join(finding['rows']))}</code></p>" if finding["rows"] else ""
-    return (
-        f'<article class="{finding["severity"]}"><h2>{escape(finding["code"])}</h2><p>{escape(finding["message"])}</p>'
-        f"<p>{escape(finding['why'])} <strong>{escape(finding['remedy'])}</strong></p>{places}</article>"
-    )
+def histogram(counts: Counter[int]) -> list[dict[str, int]]:
+    """Return at most some 24 bars of equal, round width: `from` (inclusive), `to` (exclusive), `rows`.
+
+    The last bar takes everything beyond the 99th percentile, so that one long row does not flatten the rest.
+    """
+    if not counts:
+        return []
+    usual = Lengths(counts).percentile(0.99)
+    width = _round_width(max(1, usual // BARS + 1))
+    bars: Counter[int] = Counter()
+    last = usual // width
+    for length, rows in counts.items():
+        bars[min(length // width, last)] += rows
+    longest = max(counts)
+    return [
+        {
+            "from": at * width,
+            "to": (at + 1) * width if at < last else max(longest + 1, (at + 1) * width),
+            "rows": bars[at],
+        }
+        for at in range(min(bars), last + 1)
+    ]
+
+
+def _round_width(least: int) -> int:
+    power = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * power >= least:
+                return digit * power
+        power *= 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
@@ -30,13 +31,18 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Template:
-    """A user turn and its answer in one or both formats; `pools` are the names of its places, sorted."""
+    """One wording of a user turn and its answer in one or both formats.
+
+    `responses` are the wordings of the answer in lines; `pools` are the names of the places, sorted; `number` is the
+    recipe's template that this is a wording of.
+    """
 
     prompt: str
-    response: str
+    responses: tuple[str, ...]
     response_json: Mapping[str, Any] | None
     weight: float
     pools: tuple[str, ...]
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class TemplateSettings:
     rows: int
     formats: Sequence[tuple[TemplateFormat, float]] = (("newline", 1.0),)
     system_prompt: str = ""
+    kind: str = "template"
 
     def combinations(self, template: Template) -> int:
         """Return how many different draws the template allows."""
@@ -82,9 +89,10 @@ def _check_space(settings: TemplateSettings, name: str) -> None:
 
 
 def _too_small(settings: TemplateSettings, name: str, possible: int) -> LoralineError:
-    each = "; ".join(
-        f"templates[{i}] gives {settings.combinations(t)}" for i, t in enumerate(settings.templates[:10])
-    )  # fmt: skip
+    given: Counter[int] = Counter()
+    for template in settings.templates:
+        given[template.number] += settings.combinations(template)
+    each = "; ".join(f"templates[{number}] gives {count}" for number, count in list(given.items())[:10])
     return failed_precondition(
         "TEMPLATE_SPACE_TOO_SMALL",
         f"{name}: {settings.rows} different rows are wanted, and pools and templates give {possible} ({each}). "
@@ -103,7 +111,8 @@ def _rows(settings: TemplateSettings, seed: int, name: str) -> Iterator[Row]:
         if drawn is None:
             raise _too_small(settings, name, number - 1)
         index, messages = drawn
-        yield Row(messages, "template", f"templates[{index}]", f"{name}:{number}", row_format)
+        rule = f"templates[{settings.templates[index].number}]"
+        yield Row(messages, settings.kind, rule, f"{name}:{number}", row_format)
 
 
 def _format_sequence(settings: TemplateSettings, random_source: random.Random) -> list[TemplateFormat]:
@@ -170,10 +179,10 @@ class _Drawer:
         prompt = fill(template.prompt, values)
         # Two rows are different when prompt and values are; the same draw in the other format is no new row.
         drawn = ({"role": name, "content": value} for name, value in values.items())
-        key = row_digest([{"role": str(index), "content": prompt}, *drawn])
+        key = row_digest([{"role": str(template.number), "content": prompt}, *drawn])
         if key in self._seen:
             return None
-        response = _response(template, values, row_format)
+        response = self._response(template, values, row_format)
         messages = conversation(prompt, response, self._settings.system_prompt)
         written = row_digest(messages)
         if written in self._seen:
@@ -181,8 +190,8 @@ class _Drawer:
         self._seen.update((key, written))
         return messages
 
-
-def _response(template: Template, values: Mapping[str, str], row_format: TemplateFormat) -> str:
-    if row_format == "json":
-        return json.dumps(fill(template.response_json, values), ensure_ascii=False)
-    return fill(template.response, values)
+    def _response(self, template: Template, values: Mapping[str, str], row_format: TemplateFormat) -> str:
+        if row_format == "json":
+            return json.dumps(fill(template.response_json, values), ensure_ascii=False)
+        wordings = template.responses
+        return fill(wordings[0] if len(wordings) == 1 else self._random.choice(wordings), values)

@@ -100,6 +100,38 @@ QUOTA_POLICY_WAIT: QuotaPolicy.ValueType  # 2
 """Wait as told, at most max_wait, probe, go on."""
 Global___QuotaPolicy: _TypeAlias = QuotaPolicy  # noqa: Y015
 
+class _ForbiddenText:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ForbiddenTextEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ForbiddenText.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FORBIDDEN_TEXT_UNSPECIFIED: _ForbiddenText.ValueType  # 0
+    """Not set."""
+    FORBIDDEN_TEXT_LATIN: _ForbiddenText.ValueType  # 1
+    """Latin letters."""
+    FORBIDDEN_TEXT_DIGITS: _ForbiddenText.ValueType  # 2
+    """Digits of any script."""
+    FORBIDDEN_TEXT_EMOJI: _ForbiddenText.ValueType  # 3
+    """Emoji."""
+    FORBIDDEN_TEXT_MARKDOWN: _ForbiddenText.ValueType  # 4
+    """Markdown: headings, bold text, lists, code, links."""
+
+class ForbiddenText(_ForbiddenText, metaclass=_ForbiddenTextEnumTypeWrapper):
+    """What must not stand in answers."""
+
+FORBIDDEN_TEXT_UNSPECIFIED: ForbiddenText.ValueType  # 0
+"""Not set."""
+FORBIDDEN_TEXT_LATIN: ForbiddenText.ValueType  # 1
+"""Latin letters."""
+FORBIDDEN_TEXT_DIGITS: ForbiddenText.ValueType  # 2
+"""Digits of any script."""
+FORBIDDEN_TEXT_EMOJI: ForbiddenText.ValueType  # 3
+"""Emoji."""
+FORBIDDEN_TEXT_MARKDOWN: ForbiddenText.ValueType  # 4
+"""Markdown: headings, bold text, lists, code, links."""
+Global___ForbiddenText: _TypeAlias = ForbiddenText  # noqa: Y015
+
 class _FindingSeverity:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -272,6 +304,8 @@ class RowTemplate(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     RESPONSE_JSON_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    PROMPT_VARIATIONS_FIELD_NUMBER: _builtins.int
+    RESPONSE_VARIATIONS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The user turn."""
     response: _builtins.str
@@ -282,6 +316,16 @@ class RowTemplate(_message.Message):
     def response_json(self) -> _struct_pb2.Struct:
         """The assistant turn in JSON format: an object whose strings may hold places."""
 
+    @_builtins.property
+    def prompt_variations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other wordings of the prompt; every row draws one of them or `prompt`, evenly."""
+
+    @_builtins.property
+    def response_variations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other wordings of the response, in NEWLINE format; drawn likewise. They make no more rows: a prompt with the same
+        values is answered once.
+        """
+
     def __init__(
         self,
         *,
@@ -289,10 +333,12 @@ class RowTemplate(_message.Message):
         response: _builtins.str = ...,
         response_json: _struct_pb2.Struct | None = ...,
         weight: _builtins.float = ...,
+        prompt_variations: _abc.Iterable[_builtins.str] | None = ...,
+        response_variations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["response_json", b"response_json"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "response", b"response", "response_json", b"response_json", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "prompt_variations", b"prompt_variations", "response", b"response", "response_json", b"response_json", "response_variations", b"response_variations", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,10 +376,15 @@ class TemplateRecipe(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     FORMATS_FIELD_NUMBER: _builtins.int
     SYSTEM_PROMPT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows wanted; all different. FAILED_PRECONDITION when pools and templates cannot give so many."""
     system_prompt: _builtins.str
     """System prompt of every row; empty for none."""
+    kind: _builtins.str
+    """What the rows are: goes into their `kind`; empty means `template`. Rows of kind `recommendation` or `feedback` are
+    checked by the rules of that recipe.
+    """
     @_builtins.property
     def pools(self) -> _containers.MessageMap[_builtins.str, Global___Pool]:
         """Pools by name."""
@@ -354,10 +405,11 @@ class TemplateRecipe(_message.Message):
         rows: _builtins.int = ...,
         formats: _abc.Iterable[Global___FormatShare] | None = ...,
         system_prompt: _builtins.str = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["formats", b"formats", "pools", b"pools", "rows", b"rows", "system_prompt", b"system_prompt", "templates", b"templates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["formats", b"formats", "kind", b"kind", "pools", b"pools", "rows", b"rows", "system_prompt", b"system_prompt", "templates", b"templates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -614,14 +666,22 @@ class QualityGate(_message.Message):
     MAX_RESPONSE_CHARACTERS_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
     DROP_DUPLICATES_FIELD_NUMBER: _builtins.int
+    NEAR_DUPLICATE_SIMILARITY_FIELD_NUMBER: _builtins.int
+    ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
+    ANSWER_SCHEMA_FIELD_NUMBER: _builtins.int
+    FORBID_FIELD_NUMBER: _builtins.int
     max_length: _builtins.int
-    """Longest row in tokens; 0 for no bound."""
+    """Longest row in tokens, as the trainer's max_length; needs base_model; 0 for no bound."""
     max_response_characters: _builtins.int
     """Longest answer in characters (grapheme clusters); 0 for the recipe's bound."""
     language: _builtins.str
-    """Language rule as in LlmRecipe.language."""
+    """Language of the answers: `ko`, `zh`, `en`, or empty for no rule."""
     drop_duplicates: _builtins.bool
     """Remove exact duplicates before publishing, counted in the data card."""
+    near_duplicate_similarity: _builtins.float
+    """Share of common character n-grams (Jaccard) from which two rows are near duplicates; 0 means 0.8."""
+    answer_format: Global___OutputFormat.ValueType
+    """How every answer must be written. Unset: rows whose `format` is json must be JSON, others are free."""
     @_builtins.property
     def refuse_codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Findings that refuse publication; empty means every finding of severity ERROR."""
@@ -632,7 +692,15 @@ class QualityGate(_message.Message):
 
     @_builtins.property
     def base_model(self) -> _artifact_pb2.ArtifactRef:
-        """Tokenizer to count tokens with."""
+        """Base model whose tokenizer.json counts tokens and finds characters that it does not know."""
+
+    @_builtins.property
+    def answer_schema(self) -> _struct_pb2.Struct:
+        """JSON schema of every JSON answer; replaces that of the rows' recipe."""
+
+    @_builtins.property
+    def forbid(self) -> _containers.RepeatedScalarFieldContainer[Global___ForbiddenText.ValueType]:
+        """What must not stand in answers."""
 
     def __init__(
         self,
@@ -644,10 +712,14 @@ class QualityGate(_message.Message):
         max_response_characters: _builtins.int = ...,
         language: _builtins.str = ...,
         drop_duplicates: _builtins.bool = ...,
+        near_duplicate_similarity: _builtins.float = ...,
+        answer_format: Global___OutputFormat.ValueType = ...,
+        answer_schema: _struct_pb2.Struct | None = ...,
+        forbid: _abc.Iterable[Global___ForbiddenText.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer_schema", b"answer_schema", "base_model", b"base_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_codes", b"allow_codes", "base_model", b"base_model", "drop_duplicates", b"drop_duplicates", "language", b"language", "max_length", b"max_length", "max_response_characters", b"max_response_characters", "refuse_codes", b"refuse_codes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_codes", b"allow_codes", "answer_format", b"answer_format", "answer_schema", b"answer_schema", "base_model", b"base_model", "drop_duplicates", b"drop_duplicates", "forbid", b"forbid", "language", b"language", "max_length", b"max_length", "max_response_characters", b"max_response_characters", "near_duplicate_similarity", b"near_duplicate_similarity", "refuse_codes", b"refuse_codes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -899,7 +971,7 @@ class DatasetResult(_message.Message):
     """Rows for validation."""
     @_builtins.property
     def dataset(self) -> _artifact_pb2.ArtifactRef:
-        """The dataset."""
+        """The dataset; its report.json and report.html tell what the check found."""
 
     @_builtins.property
     def rows_by_outcome(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:

@@ -1,0 +1,1 @@
+"""The rules: each sees every row once and tells what it found at the end."""
