@@ -29,8 +29,12 @@ def columns(title: str, lengths: Mapping[str, Any]) -> str:
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {len(histogram)} 100" preserveAspectRatio="none" role="img" aria-label="{escape(told)}">'
         f'{"".join(drawn)}</svg><div class="axis"><span>{histogram[0]["from"]:,}</span>'
-        f'<span>{histogram[-1]["to"] - 1:,}</span></div><p class="soft">{told}</p></figure>'
+        f"<span>{_last(histogram[-1], lengths['max'])}</span></div><p class=\"soft\">{told}</p></figure>"
     )
+
+
+def _last(bar: Mapping[str, int], longest: int) -> str:
+    return f"{bar['from']:,} and more" if bar["to"] > longest and bar["to"] - bar["from"] > 1 else f"{longest:,}"
 
 
 def bars(title: str, counts: Mapping[str, int], *, zeros: bool = False, styled: bool = False) -> str:

@@ -63,9 +63,19 @@ def page(report: dict[str, Any]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{title}</h1><p>The dataset {verdict} the gate.</p>{_facts(report)}"
+        f"<h1>{title}</h1><p>The dataset {verdict} the gate{_counts(report)}.</p>{_facts(report)}"
         f'<h2>Findings</h2>{findings}<h2>Figures</h2><div class="charts">{_charts(report)}</div></body></html>\n'
     )
+
+
+def _counts(report: dict[str, Any]) -> str:
+    severities = Counter(finding["severity"] for finding in report["findings"])
+    named = [
+        f"{severities[severity]} {word if severities[severity] == 1 else word + 's'}"
+        for severity, word in (("error", "error"), ("warning", "warning"), ("info", "note"))
+        if severities[severity]
+    ]
+    return f": {', '.join(named)}" if named else ""
 
 
 def _facts(report: dict[str, Any]) -> str:
@@ -88,7 +98,9 @@ def _share(value: float | None) -> str:
 def _finding(finding: dict[str, Any]) -> str:
     rows = "".join(_row(example) for example in finding["examples"])
     more = finding["row_count"] - len(finding["examples"])
-    count = f"{len(finding['examples'])} rows" + (f" of {finding['row_count']:,}" if more > 0 else "")
+    named = ", ".join(example["row"] for example in finding["examples"][:3])
+    rest = len(finding["examples"]) - 3 + max(more, 0)
+    count = f"<code>{escape(named)}</code>" + (f" and {rest:,} more" if rest > 0 else "")
     shown = f'<details><summary>{count}</summary><ul class="rows">{rows}</ul></details>' if rows else ""
     fixable = " <code>fix</code> mends it." if finding["fixable"] and "`fix`" not in finding["remedy"] else ""
     remedy = escape(finding["remedy"]).replace("`fix`", "<code>fix</code>")

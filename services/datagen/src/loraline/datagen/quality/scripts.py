@@ -15,7 +15,7 @@ EMOJI = regex.compile(
     r"[\p{EMod}\uFE0F\u20E3]*(?:\u200D\p{Extended_Pictographic}[\p{EMod}\uFE0F]*)*)"
 )
 LATIN = regex.compile(r"\p{Latin}")
-DIGITS = regex.compile(r"\p{Nd}")
+DIGITS = regex.compile(r"\p{Nd}+")
 _LETTERS: Mapping[str, regex.Pattern[str]] = {
     "han": regex.compile(r"\p{Han}"),
     "hangul": regex.compile(r"\p{Hangul}"),

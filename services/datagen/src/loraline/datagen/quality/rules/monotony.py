@@ -8,6 +8,7 @@ import regex
 
 from loraline.datagen.quality.findings import Finding
 from loraline.datagen.quality.rules.rule import SHARES_NEED_ROWS, Rule, quoted, share_text
+from loraline.datagen.quality.scripts import DIGITS, EMOJI
 from loraline.datagen.quality.seen import LineIndex, SeenRow
 from loraline.datagen.quality.tally import FirstRows, Frequent
 
@@ -19,12 +20,19 @@ _HAN = regex.compile(r"\p{Han}")
 
 
 def frame_of(text: str) -> tuple[str, str]:
-    """Return how a text begins and ends: three words each, or six Han characters; empty when it has no more."""
-    words = _WORD.findall(text[:200])
+    """Return how a text begins and ends: three words each, or six Han characters; empty when it has no more.
+
+    Numbers count as equal and emoji not at all: that is where templates vary.
+    """
+    words = _words(text[:200])
     length = OPENING_HAN if _HAN.match(text.lstrip("「『“《（(")) else OPENING_WORDS
     if len(words) <= length:
         return "", ""
-    return " ".join(words[:length]).casefold(), " ".join(_WORD.findall(text[-200:])[-length:]).casefold()
+    return " ".join(words[:length]).casefold(), " ".join(_words(text[-200:])[-length:]).casefold()
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(DIGITS.sub("0", text) if text.isascii() else EMOJI.sub("", DIGITS.sub("0", text)))
 
 
 class MonotonyRule(Rule):

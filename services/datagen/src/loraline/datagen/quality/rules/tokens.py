@@ -116,7 +116,7 @@ class TokensRule(Rule):
 
     def _about(self, code: str, characters: list[str], what: str) -> Finding:
         often = sorted(characters, key=lambda character: (-self._characters[character], character))[:CHARACTERS_TOLD]
-        shown = " ".join(f"{c} (U+{ord(c):04X}, {self._characters[c]} times)" for c in often)
+        shown = " ".join(f"{c} ({self._characters[c]} times)" for c in often)
         numbers = sorted({number for character in often for number in self._first[character].numbers})
         return Finding(code, f"{len(characters)} characters that {what}: {shown}.", len(numbers), numbers=numbers)
 
