@@ -49,7 +49,6 @@ def test_defaults_are_those_of_the_contract() -> None:
         (run(sample_prompts=["hi"]), "sample_prompts"),
         (run(parameters=pb.TrainingParameters(length_policy=pb.LENGTH_POLICY_SPLIT)), "length_policy"),
         (run(parameters=pb.TrainingParameters(packing=True)), "packing"),
-        (run(parameters=pb.TrainingParameters(early_stopping_patience=2)), "early_stopping_patience"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(request_: pb.TrainRequest, named: str) -> None:

@@ -87,3 +87,12 @@ def test_own_validation_rows_win_over_a_fraction() -> None:
 def test_harbour_rows_load(harbour: Path) -> None:
     loaded = load_dataset(harbour, weight=0)
     assert (len(loaded.train), len(loaded.validation), loaded.weight) == (len(harbour_rows()), 4, 1.0)
+
+
+def test_rows_of_two_datasets_never_take_each_others_place(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one", harbour_rows()[:3])
+    two = write_rows(tmp_path / "two", harbour_rows()[3:6])
+    with pytest.raises(ValueError, match=r"train\.jsonl:1"):
+        mix([load_dataset(one, weight=1), load_dataset(two, weight=1)], validation_fraction=0, seed=0)
+    labelled = [load_dataset(one, weight=1, label="one/"), load_dataset(two, weight=1, label="two/")]
+    assert mix(labelled, validation_fraction=0, seed=0).unique_rows == 6

@@ -21,7 +21,7 @@ from loraline.trainer.base_models import ResolvedBase
 from loraline.trainer.engines import loading, training
 from loraline.trainer.rows import load_dataset
 from loraline.trainer.spec import TrainingSpec, training_spec
-from loraline.trainer.testing import harbour_rows, make_base, write_rows
+from loraline.trainer.testing import chat, harbour_rows, make_base, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -274,3 +274,29 @@ def test_modules_that_the_base_lacks_are_named(small_base: Path, dataset: Path, 
     with pytest.raises(LoralineError) as caught:
         training.run(inputs(small_base, dataset), asked, tmp_path, Watcher())
     assert caught.value.reason == "TARGET_MODULES_UNKNOWN"
+
+
+def test_stopping_early_publishes_the_best_state(small_base: Path, dataset: Path, tmp_path: Path) -> None:
+    """The validation rows are four of the training rows with other answers: learning makes them worse."""
+    from safetensors.torch import load_file
+
+    other = [chat(row["messages"][0]["content"], "No, never.") for row in harbour_rows()[:4]]
+    rows = write_rows(tmp_path / "rows" / "harbour", harbour_rows())
+    write_rows(rows, other, "validation")
+    asked = spec(epochs=12, early_stopping_patience=2, learning_rate=2e-2, keep_checkpoints=1)
+    finished = training.run(inputs(small_base, rows), asked, tmp_path, Watcher())
+    assert finished is not None
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in finished.run.log if "eval_loss" in entry}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert finished.run.steps == best + 2 * 3 < 36
+    kept = load_file(tmp_path / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    published = load_file(finished.folder / "adapter_model.safetensors")
+    assert all((published[name] == kept[name]).all() for name in kept)
+
+
+def test_stopping_early_needs_validation_rows(small_base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", harbour_rows())
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(small_base, rows), spec(early_stopping_patience=2), tmp_path, Watcher())
+    assert caught.value.reason == "NO_VALIDATION_ROWS"
+    assert "validation_fraction" in caught.value.message

@@ -26,7 +26,15 @@ def test_any_text_survives_and_specials_are_one_token() -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer(END)["input_ids"] == [tokenizer.eos_token_id]
     assert tokenizer.pad_token == PAD
-    assert len(tokenizer) == 1024
+    assert 1000 < len(tokenizer) <= 1024
+
+
+def test_characters_of_the_texts_are_whole() -> None:
+    texts = [*corpus(), *folder_texts(PERSONA)]
+    tokenizer = train_tokenizer(texts, 2048)
+    whole = {tokenizer.decode([number]) for number in range(len(tokenizer))}
+    assert {character for text in texts for character in text} <= whole
+    assert len(tokenizer("小水手")["input_ids"]) == 1
 
 
 def test_the_same_texts_give_the_same_tokenizer(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class Trainer(Blocking[AsyncTrainer]):
     train = blocking(AsyncTrainer.train)
     plan = blocking(AsyncTrainer.plan)
     diagnose = blocking(AsyncTrainer.diagnose)
+    diagnose_file = blocking(AsyncTrainer.diagnose_file)
     run = blocking(AsyncTrainer.run)
     runs = blocking(AsyncTrainer.runs)
     import_model = blocking(AsyncTrainer.import_model)

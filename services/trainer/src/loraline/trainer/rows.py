@@ -132,6 +132,7 @@ def mix(datasets: Sequence[LoadedDataset], *, validation_fraction: float, seed: 
     The datasets' own validation rows are used when there are any; else `validation_fraction` of the rows are set apart
     before repetition, so that no validation row is trained on. Equal conversations fall on the same side.
     """
+    _check_sources(datasets)
     generator = random.Random(f"mix:{seed}")  # noqa: S311  (a shuffle, no secret)
     validation = [row for dataset in datasets for row in dataset.validation]
     train_parts = [list(dataset.train) for dataset in datasets]
@@ -147,6 +148,14 @@ def mix(datasets: Sequence[LoadedDataset], *, validation_fraction: float, seed: 
         raise failed_precondition("DATASET_EMPTY", message)
     generator.shuffle(mixed)
     return Mixture(mixed, validation, len({row.source for row in mixed}))
+
+
+def _check_sources(datasets: Sequence[LoadedDataset]) -> None:
+    """Rows are known by their source from here on: two that share one would silently take each other's place."""
+    seen: dict[str, list[dict[str, str]]] = {}
+    for row in (row for dataset in datasets for row in (*dataset.train, *dataset.validation)):
+        if seen.setdefault(row.source, row.messages) != row.messages:
+            raise ValueError(f"two datasets have a row called {row.source}; load each with a label of its own")
 
 
 def _key(row: Row) -> str:

@@ -11,12 +11,13 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.api.trainer.v1 import trainer_pb2_grpc
-from loraline.core.errors import invalid_argument, not_found, unsupported
+from loraline.core.errors import invalid_argument, not_found
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
 from loraline.trainer.base_models import check_folder
 from loraline.trainer.config import TrainerSettings
+from loraline.trainer.diagnosis.subject import diagnose, from_file, from_jobs
 from loraline.trainer.planning import plan
 from loraline.trainer.runs import refuse_existing, run_of
 from loraline.trainer.spec import not_servable, resolve, servability_problems, training_spec
@@ -62,14 +63,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return await asyncio.to_thread(plan, request.run, self._platform, self._settings, jobs)
 
     async def Diagnose(self, request: pb.DiagnoseRequest, context: grpc.aio.ServicerContext) -> pb.DiagnoseResponse:
-        """Not served yet."""
-        raise unsupported("Diagnose", "Look at the loss curve in the job's result.")
+        """Judge a run, or a trainer_state.json, by its loss curve."""
+        if request.WhichOneof("subject") == "trainer_state_json":
+            subject = await asyncio.to_thread(from_file, request.trainer_state_json)
+        else:
+            jobs = await self._existing_jobs(request.run)
+            subject = await asyncio.to_thread(from_jobs, request.run, jobs, self._platform.settings.data_dir)
+        return await asyncio.to_thread(diagnose, subject)
 
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
         """Return one run."""
-        jobs = await self._jobs_of(request.name)
-        if not jobs:
-            raise not_found("RUN_MISSING", f"There is no run {request.name}. ListRuns names those there are.")
+        jobs = await self._existing_jobs(request.name)
         run = await asyncio.to_thread(run_of, request.name, jobs, self._platform.settings.data_dir)
         return pb.GetRunResponse(run=run)
 
@@ -147,6 +151,13 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def _jobs_of(self, name: str) -> list[job_pb2.Job]:
         jobs, _ = await self._platform.jobs.list(kind_prefix=TRAIN.kind, labels={RUN_LABEL: name}, page_size=500)
+        return jobs
+
+    async def _existing_jobs(self, name: str) -> list[job_pb2.Job]:
+        jobs = await self._jobs_of(name)
+        if not jobs:
+            message = f"There is no run {name}. ListRuns, or `loraline runs list`, names those there are."
+            raise not_found("RUN_MISSING", message)
         return jobs
 
 

@@ -69,6 +69,7 @@ class TrainingSpec:
     save_steps: int
     keep_checkpoints: int
     eval_steps: int
+    early_stopping_patience: int
     allow_unlearned_eos: bool
     report_to: tuple[str, ...]
 
@@ -144,6 +145,7 @@ def training_spec(request: pb.TrainRequest) -> TrainingSpec:
         save_steps=p.save_steps,
         keep_checkpoints=p.keep_checkpoints,
         eval_steps=p.eval_steps,
+        early_stopping_patience=p.early_stopping_patience,
         allow_unlearned_eos=p.allow_unlearned_eos,
         report_to=tuple(p.report_to),
     )
@@ -165,8 +167,6 @@ def _refuse_unsupported(request: pb.TrainRequest) -> None:
         raise unsupported("parameters.length_policy LENGTH_POLICY_SPLIT", "Use TRUNCATE or DROP.")
     if p.packing:
         raise unsupported("parameters.packing", "Leave it unset: rows of like length share batches anyway.")
-    if p.early_stopping_patience:
-        raise unsupported("parameters.early_stopping_patience", "Leave it 0 and choose epochs.")
     if p.seed < 0 or p.seed >= 2**32:
         text = "must be between 0 and 4294967295"
         raise invalid_argument("SEED_OUT_OF_RANGE", f"parameters.seed {text}.", parameters__seed=text)

@@ -79,6 +79,11 @@ class AsyncTrainer:
         request = trainer_pb2.DiagnoseRequest(run=run)
         return await self._endpoint.unary(self._stub.Diagnose, request)
 
+    async def diagnose_file(self, trainer_state_json: bytes) -> trainer_pb2.DiagnoseResponse:
+        """Judge a run from the content of a trainer_state.json, whoever trained it."""
+        request = trainer_pb2.DiagnoseRequest(trainer_state_json=trainer_state_json)
+        return await self._endpoint.unary(self._stub.Diagnose, request, timeout=WORK_SECONDS)
+
     async def run(self, name: str) -> trainer_pb2.Run:
         """Return one run with its checkpoints."""
         return (await self._endpoint.unary(self._stub.GetRun, trainer_pb2.GetRunRequest(name=name))).run

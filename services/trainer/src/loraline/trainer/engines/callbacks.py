@@ -96,7 +96,8 @@ class Stopping(TrainerCallback):
         if cause:
             self.stopped = True
             control.should_training_stop = True
-            control.should_evaluate = False
+            # A hand-over has little time; a pause may finish what is due, so that the log has no gap.
+            control.should_evaluate = control.should_evaluate and cause == "pause"
             control.should_save = cause != "cancel"
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -136,6 +136,10 @@ def _build(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
     stopping = Stopping(observer)
     callbacks = [LiveProgress(observer), stopping, SealedCheckpoints(observer, keep=spec.keep_checkpoints)]
+    if spec.early_stopping_patience:
+        if not data.validation:
+            raise _nothing_to_evaluate()
+        callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
     try:
         trainer = _Trainer(
             model=model,
@@ -179,6 +183,10 @@ def _arguments(data: PreparedData, spec: TrainingSpec, precision: Precision, fol
     epoch_steps = max(1, math.ceil(math.ceil(len(data.train) / spec.batch_size) / spec.grad_accum))
     gpu = torch.cuda.is_available()
     evaluates = bool(data.validation)
+    eval_steps = spec.eval_steps or min(epoch_steps, steps)
+    stops_early = spec.early_stopping_patience > 0
+    # The best state must have been saved to be gone back to, so that saving then keeps step with evaluating.
+    save_steps = eval_steps if stops_early else spec.save_steps or max(1, math.ceil(steps / 10))
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=spec.epochs,
@@ -199,9 +207,13 @@ def _arguments(data: PreparedData, spec: TrainingSpec, precision: Precision, fol
         fp16=precision.dtype == "fp16",
         gradient_checkpointing=spec.gradient_checkpointing,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=(spec.eval_steps or min(epoch_steps, steps)) if evaluates else None,
+        eval_steps=eval_steps if evaluates else None,
         save_strategy="steps",
-        save_steps=spec.save_steps or max(1, math.ceil(steps / 10)),
+        save_steps=save_steps,
+        load_best_model_at_end=stops_early,
+        metric_for_best_model="eval_loss" if stops_early else None,
+        greater_is_better=False if stops_early else None,
+        restore_callback_states_from_checkpoint=stops_early,
         logging_strategy="steps",
         logging_steps=1,
         logging_first_step=True,
@@ -237,6 +249,14 @@ def _tokens_seen(trainer: _Trainer, data: PreparedData, spec: TrainingSpec) -> i
     part.set_epoch(whole)
     shown = list(part)[: round((epochs - whole) * len(rows))]
     return whole * sum(rows) + sum(rows[index] for index in shown)
+
+
+def _nothing_to_evaluate() -> LoralineError:
+    message = (
+        "parameters.early_stopping_patience needs validation rows: give a dataset that brings some, set "
+        "validation_fraction (0.05, for example), or leave early_stopping_patience 0."
+    )
+    return failed_precondition("NO_VALIDATION_ROWS", message)
 
 
 def _out_of_memory(spec: TrainingSpec) -> LoralineError:

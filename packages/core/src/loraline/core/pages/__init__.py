@@ -1,0 +1,1 @@
+"""Self-contained HTML pages for reports: no scripts, nothing loaded from elsewhere, readable in light and dark."""

@@ -1,0 +1,55 @@
+"""What to run next: a judgement turned into TrainingParameters."""
+
+from __future__ import annotations
+
+import math
+
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.trainer.diagnosis.history import History
+from loraline.trainer.diagnosis.judging import Judgement
+
+_HIGHEST_RANK = 128
+
+
+def config_patch(judgement: Judgement, history: History, now: pb.TrainingParameters) -> dict[str, object]:
+    """Return the fields of TrainingParameters to change, by name; empty when nothing needs to change.
+
+    `now` are the run's settings with defaults written out. Every patch is one that Train accepts.
+    """
+    verdict, codes = judgement.verdict, {sign.code for sign in judgement.signs if not sign.passed}
+    if verdict == pb.VERDICT_DIVERGED:
+        patch: dict[str, object] = {"learning_rate": _rate(now.learning_rate / 3), "warmup_ratio": 0.1}
+        if "LOSS_NOT_FINITE" in codes and now.dtype == "fp16":
+            patch["dtype"] = "bf16"
+        return patch
+    if verdict == pb.VERDICT_NO_SIGNAL:
+        return {"learning_rate": _rate(min(now.learning_rate * 10, 1e-2))}
+    if verdict == pb.VERDICT_DATA_BUG:
+        return {"max_length": min(now.max_length * 2, 1048576)} if "NO_TRAINED_TOKENS" in codes else {}
+    if verdict == pb.VERDICT_OVERFIT:
+        return {"epochs": _best_epochs(history, now.epochs), "lora": {"dropout": 0.05}, "early_stopping_patience": 3}
+    if verdict in (pb.VERDICT_UNDERTRAINED, pb.VERDICT_FAIR):
+        return _more_training(codes, now)
+    return {}
+
+
+def _more_training(codes: set[str], now: pb.TrainingParameters) -> dict[str, object]:
+    if now.max_steps:
+        return {"max_steps": now.max_steps * 2}
+    if "STILL_FALLING" in codes:
+        return {"epochs": float(math.ceil(now.epochs * 2))}
+    # It has settled too high: longer would not help, more room does.
+    rank = min(now.lora.r * 2, _HIGHEST_RANK)
+    return {"epochs": float(math.ceil(now.epochs * 1.5)), "lora": {"r": rank, "alpha": 2.0 * rank}}
+
+
+def _best_epochs(history: History, epochs: float) -> float:
+    """Return the epochs after which the evaluation loss was lowest, at least one."""
+    best_step = min(history.evaluations, key=lambda entry: entry[1])[0]
+    last_step = max(history.points[-1].step, 1)
+    return float(max(1, math.ceil((history.epochs or epochs) * best_step / last_step)))
+
+
+def _rate(rate: float) -> float:
+    """Return a learning rate with two digits."""
+    return float(f"{rate:.1e}")

@@ -1,0 +1,241 @@
+"""What can be seen in a loss curve, a function a sign. Each returns None when the curve says nothing about it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.trainer.diagnosis.bands import accuracy_band, loss_band
+from loraline.trainer.diagnosis.history import History, mean_accuracy, mean_loss, smoothed
+
+_ENOUGH_POINTS = 10
+"""Fewer logged steps than this show no trend."""
+_RISE = 1.1
+"""A loss that ends a tenth above its lowest stretch, or an evaluation loss 5 % above its lowest, has turned."""
+_EVALUATION_RISE = 1.05
+_ADVISED_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run besides its curve; 0 or None where it is not."""
+
+    rows: int = 0
+    rows_teaching_eos: int | None = None
+    trained_tokens: int | None = None
+    earlier: Sequence[History] = ()
+    """Runs of the same name before this one, newest first."""
+    resumed_from: str = ""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One observation."""
+
+    code: str
+    passed: bool
+    message: str
+    remedy: str = ""
+    verdict: pb.Verdict.ValueType = pb.VERDICT_UNSPECIFIED
+    """The verdict that it speaks for when it did not pass; UNSPECIFIED for a remark."""
+    grave: bool = False
+
+
+def not_a_number(history: History, facts: Facts) -> Sign | None:
+    """NaN or infinite loss."""
+    bad = next((point for point in history.points if not math.isfinite(point.loss)), None)
+    if bad is None:
+        return None
+    remedy = "Lower learning_rate to a third, raise warmup_ratio to 0.1; with fp16 take bf16 or fp32."
+    message = f"The loss is not a number from step {bad.step} on."
+    return Sign("LOSS_NOT_FINITE", False, message, remedy, pb.VERDICT_DIVERGED, grave=True)
+
+
+def rising(history: History, facts: Facts) -> Sign | None:
+    """The loss ends well above where it was."""
+    if not _has_trend(history):
+        return None
+    bins = smoothed(history.points)
+    lowest, last = min(bins), mean_loss(history.tail)
+    # A converged run hovers; near zero a tenth is nothing, so that the rise must count in nats too.
+    if last <= lowest * _RISE or last - lowest < 0.1 or last < bins[0] * 0.5:
+        return None
+    message = f"The loss ends at {last:.3f}, after having been {lowest:.3f}."
+    remedy = "Lower learning_rate to a third and raise warmup_ratio to 0.1."
+    return Sign("LOSS_RISES", False, message, remedy, pb.VERDICT_DIVERGED, grave=True)
+
+
+def nothing_to_learn(history: History, facts: Facts) -> Sign | None:
+    """A loss of zero from the start, or no token that carries loss."""
+    if facts.trained_tokens == 0:
+        text = "No token carries loss: every response was masked or cut off."
+        remedy = "Look at the token receipt (loraline artifacts show) and raise max_length."
+        return Sign("NO_TRAINED_TOKENS", False, text, remedy, pb.VERDICT_DATA_BUG, grave=True)
+    first = mean_loss(history.head)
+    if not math.isfinite(first) or first >= 0.01:
+        return None
+    message = f"The loss is {first:.4f} from the first steps on: there is nothing to learn in what carries loss."
+    remedy = "Check that responses are not empty, not masked and not cut off by max_length."
+    return Sign("LOSS_ZERO_FROM_START", False, message, remedy, pb.VERDICT_DATA_BUG, grave=True)
+
+
+def flat(history: History, facts: Facts) -> Sign | None:
+    """The loss does not move."""
+    if not _has_trend(history):
+        return None
+    first, last = mean_loss(history.head), mean_loss(history.tail)
+    if first < 0.3 or abs(first - last) > 0.02 * first:
+        return None
+    message = f"The loss does not move: {first:.3f} at the start, {last:.3f} at the end."
+    if all(point.grad_norm == 0 for point in history.points) and any(point.learning_rate for point in history.points):
+        message += " The gradient is zero throughout: no weight is trained."
+    remedy = "Raise learning_rate tenfold, check that target_modules names layers of this base."
+    return Sign("LOSS_FLAT", False, message, remedy, pb.VERDICT_NO_SIGNAL, grave=True)
+
+
+def end_not_taught(history: History, facts: Facts) -> Sign | None:
+    """No row teaches the end of an answer."""
+    if facts.rows_teaching_eos is None or not facts.rows:
+        return None
+    if facts.rows_teaching_eos == 0:
+        text = "No row teaches the end-of-sequence token: the model will not stop."
+        remedy = "Take a chat template that ends assistant turns, or raise max_length so that ends are not cut off."
+        return Sign("EOS_NEVER_TAUGHT", False, text, remedy, pb.VERDICT_DATA_BUG, grave=True)
+    return Sign("EOS_TAUGHT", True, f"{facts.rows_teaching_eos} of {facts.rows} rows teach the end of an answer.")
+
+
+def overfit(history: History, facts: Facts) -> Sign | None:
+    """The evaluation loss has turned while the training loss still falls."""
+    if len(history.evaluations) < 2:
+        return None
+    best_step, best = min(history.evaluations, key=lambda entry: entry[1])
+    last_step, last = history.evaluations[-1]
+    then = [point.loss for point in history.points if point.step <= best_step]
+    if last <= best * _EVALUATION_RISE or last_step == best_step or not then:
+        return None
+    if mean_loss(history.tail) >= statistics.fmean(then[-max(1, len(then) // 10) :]):
+        return None
+    message = (
+        f"The evaluation loss was lowest ({best:.3f}) at step {best_step} and ends at {last:.3f}, while the training "
+        f"loss fell to {mean_loss(history.tail):.3f}: the rows are learned by heart."
+    )
+    remedy = (
+        "Train for fewer epochs, add rows, or set dropout 0.05; a character that shall repeat its lines may stay so."
+    )
+    return Sign("EVAL_LOSS_RISES", False, message, remedy, pb.VERDICT_OVERFIT)
+
+
+def evaluation(history: History, facts: Facts) -> Sign | None:
+    """What the evaluation loss says when it has not turned."""
+    if not history.evaluations:
+        text = "There is no evaluation loss, so that overfitting cannot be seen."
+        return Sign("NO_EVALUATION", False, text, "Give validation rows or set validation_fraction 0.05.")
+    last, train = history.evaluations[-1][1], mean_loss(history.tail)
+    if last > 1.0 and train > 1.0 and last < train * 2:
+        text = f"Evaluation loss {last:.3f} and training loss {train:.3f} are both high."
+        return Sign(
+            "UNDERFIT", False, text, "Train longer, with a higher rank or a larger base.", pb.VERDICT_UNDERTRAINED
+        )
+    return Sign("EVAL_LOSS", True, f"The evaluation loss ends at {last:.3f}.")
+
+
+def loss_level(history: History, facts: Facts) -> Sign | None:
+    """The band of the final loss."""
+    loss = mean_loss(history.tail)
+    if not math.isfinite(loss):
+        return None
+    band = loss_band(loss)
+    message = f"The final loss is {loss:.3f} nats per token: {band}."
+    if band in ("excellent", "good"):
+        return Sign("FINAL_LOSS", True, message)
+    verdict = pb.VERDICT_FAIR if band == "fair" else pb.VERDICT_UNDERTRAINED
+    remedy = "Go on training until it is between 0.1 and 0.3; continue the run instead of starting anew."
+    return Sign("FINAL_LOSS", False, message, remedy, verdict)
+
+
+def accuracy_level(history: History, facts: Facts) -> Sign | None:
+    """The band of the final token accuracy."""
+    accuracy = mean_accuracy(history.tail)
+    if accuracy is None:
+        return None
+    band = accuracy_band(accuracy)
+    message = f"The final token accuracy is {accuracy:.3f}: {band}."
+    if band in ("excellent", "good"):
+        return Sign("TOKEN_ACCURACY", True, message)
+    verdict = pb.VERDICT_FAIR if band == "fair" else pb.VERDICT_UNDERTRAINED
+    return Sign("TOKEN_ACCURACY", False, message, "Go on training until it is above 0.9.", verdict)
+
+
+def still_falling(history: History, facts: Facts) -> Sign | None:
+    """The loss was still falling when the run ended."""
+    if not _has_trend(history):
+        return None
+    bins = smoothed(history.points, 10)
+    if not all(map(math.isfinite, bins)) or len(bins) < 4 or bins[-1] < 0.1:
+        return None
+    fall = (bins[-4] - bins[-1]) / bins[-4] if bins[-4] else 0.0
+    if fall < 0.1:
+        return Sign("SETTLED", True, "The loss has settled.")
+    message = f"The loss fell by {fall:.0%} over the last third: it had not settled."
+    return Sign("STILL_FALLING", False, message, "Continue the run for more epochs.")
+
+
+def unsteady(history: History, facts: Facts) -> Sign | None:
+    """The loss jumps about at the end, or the gradient norm has spikes."""
+    if not _has_trend(history):
+        return None
+    tail = [point.loss for point in history.points[-max(5, len(history.points) // 5) :]]
+    if not all(map(math.isfinite, tail)):
+        return None
+    mean, deviation = statistics.fmean(tail), statistics.pstdev(tail)
+    if mean > 0.05 and deviation > 0.6 * mean:
+        message = f"The loss jumps about at the end: {mean:.3f} on average, standard deviation {deviation:.3f}."
+        remedy = "Raise batch_size or grad_accum, or lower learning_rate to a half."
+        return Sign("UNSTEADY", False, message, remedy)
+    return Sign("STEADY", True, f"The loss is steady at the end: standard deviation {deviation:.3f}.")
+
+
+def started_anew(history: History, facts: Facts) -> Sign | None:
+    """Training began again from the start although an earlier state was there."""
+    again = _restart_within(history)
+    if again is not None:
+        text = f"At step {again} the loss is back where it was at the first step: the state was not restored."
+        remedy = "Continue from the last checkpoint (existing_run CONTINUE), with weights, optimizer and schedule."
+        return Sign("RESTARTED", False, text, remedy)
+    first = mean_loss(history.head)
+    for other in facts.earlier:
+        begin, end = mean_loss(other.head), mean_loss(other.tail)
+        if not facts.resumed_from and end < 0.7 * begin and abs(first - begin) < 0.1 * begin:
+            text = (
+                f"The run starts at {first:.3f}, as an earlier run of its name did, which had come down to {end:.3f}."
+            )
+            remedy = "If it should have gone on from there, start it with existing_run CONTINUE."
+            return Sign("STARTED_ANEW", False, text, remedy)
+    return None
+
+
+def few_rows(history: History, facts: Facts) -> Sign | None:
+    """Too little data."""
+    if not facts.rows or facts.rows >= _ADVISED_ROWS:
+        return None
+    text = f"There are {facts.rows} rows; {_ADVISED_ROWS} to 1000 or more make a character that answers to the point."
+    return Sign("FEW_ROWS", False, text, "Add rows (loraline run with a generate stage), varied in prompts.")
+
+
+def _restart_within(history: History) -> int | None:
+    """Return the step where the loss jumped back to its first level after having halved; None if it never did."""
+    first = mean_loss(history.head)
+    lowest = first
+    for number, point in enumerate(history.points):
+        lowest = min(lowest, mean_loss(history.points[max(0, number - 4) : number + 1]))
+        following = history.points[number : number + 3]
+        if lowest < 0.5 * first and len(following) == 3 and min(one.loss for one in following) > 0.9 * first:
+            return point.step
+    return None
+
+
+def _has_trend(history: History) -> bool:
+    return len(history.points) >= _ENOUGH_POINTS
