@@ -217,11 +217,12 @@ async def test_probe_and_recipes(running: Running, provider: FakeProvider, monke
     first = await running.datagen.ListRecipes(datagen_pb2.ListRecipesRequest(page_size=2))
     rest = await running.datagen.ListRecipes(datagen_pb2.ListRecipesRequest(page_token=first.next_page_token))
     names = [recipe.name for recipe in (*first.recipes, *rest.recipes)]
-    assert names == ["commands", "extraction", "instruction-response", "persona-dialogue", "recommendation"]
+    assert names == ["commands", "evol-instruct", "extraction", "instruction-response", "persona-dialogue",
+                     "recommendation", "self-instruct"]  # fmt: skip
     assert rest.next_page_token == ""
     request = datagen_pb2.GenerateDatasetRequest(name="x")
     request.sources.add(llm=datagen_pb2.LlmRecipe(recipe="evol-instruct", rows=1))
-    assert (await refused(running.datagen.GenerateDataset(request)))[1] == "NOT_SUPPORTED"
+    assert (await refused(running.datagen.GenerateDataset(request)))[1] == "FEW_SHOTS_MISSING"
 
 
 async def test_check_reports_with_row_numbers_and_fixes_into_a_new_version(running: Running, tmp_path: Path) -> None:

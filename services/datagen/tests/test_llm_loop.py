@@ -17,13 +17,14 @@ from aiohttp import web
 
 from loraline.core.errors import LoralineError
 from loraline.core.jobs.handlers import JobPaused, StopRequested
-from loraline.datagen.llms.endpoint import from_environment, probe
-from loraline.datagen.llms.generate import LlmRun, Pace
+from loraline.datagen.llms.endpoint import all_from_environment, from_environment, probe
+from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
 from loraline.datagen.llms.ledger import Ledger
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import RECIPES, find_recipe, with_schema
+from loraline.datagen.llms.routes import Pace
 from loraline.datagen.rows import Row
 
 from .conftest import FakeProvider, completion, items
@@ -43,7 +44,7 @@ async def ask(
     intake = Intake(settings, "asked", rows.append)
     book = Ledger(ledger)
     try:
-        await LlmRun(settings, from_environment(), book, intake, 1, hooks, pace).run()
+        await LlmRun(settings, all_from_environment(), book, intake, 1, hooks, pace).run()
     finally:
         book.close()
     return rows, intake
@@ -200,22 +201,23 @@ async def test_a_stop_records_the_calls_under_way(provider: FakeProvider, tmp_pa
     hooks = Hooks(stopping=lambda: len(provider.requests) >= 2, check_stop=stop)
     with pytest.raises(StopRequested):
         await ask(recipe(30), tmp_path / "ledger.jsonl", hooks, Pace(concurrency=2, stop_grace_seconds=5))
-    assert len(Ledger(tmp_path / "ledger.jsonl").records) == len(provider.requests)
+    assert len(list(Ledger(tmp_path / "ledger.jsonl").replay())) == len(provider.requests)
 
 
 KILLED = """
 import asyncio
 from pathlib import Path
-from loraline.datagen.llms.endpoint import from_environment
-from loraline.datagen.llms.generate import LlmRun, Pace
+from loraline.datagen.llms.endpoint import all_from_environment
+from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.intake import Intake
 from loraline.datagen.llms.ledger import Ledger
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import RECIPES
+from loraline.datagen.llms.routes import Pace
 settings = LlmSettings(RECIPES["instruction-response"], 200, 4)
 intake = Intake(settings, "asked", lambda row: None)
 print("ready", flush=True)
-asyncio.run(LlmRun(settings, from_environment(), Ledger(Path({ledger!r})), intake, 1, None, Pace(4, 0.05)).run())
+asyncio.run(LlmRun(settings, all_from_environment(), Ledger(Path({ledger!r})), intake, 1, None, Pace(4, 0.05)).run())
 """
 
 
@@ -243,7 +245,7 @@ async def test_killed_and_resumed_no_call_is_repeated_and_no_row_lost(provider: 
         file.write(b'{"call": 999, "size": 4, "payl')  # A line torn by a power cut.
     rows, _ = await ask(LlmSettings(RECIPES["instruction-response"], 200, 4), path, pace=Pace(4, 0.05))
     assert len(rows) == 200
-    records = Ledger(path).records
+    records = list(Ledger(path).replay())
     calls = [record.call for record in records]
     assert sorted(set(calls)) == sorted(calls)
     again, intake = await ask(LlmSettings(RECIPES["instruction-response"], 200, 4), path)
@@ -257,7 +259,7 @@ def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"call": 1, "size": 1, "payload": "", "outcome": "answered"}\nrubbish\n')
     with pytest.raises(LoralineError) as caught:
-        Ledger(path)
+        list(Ledger(path).replay())
     assert caught.value.reason == "LEDGER_DAMAGED"
 
 

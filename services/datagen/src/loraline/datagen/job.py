@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from google.protobuf import json_format
 
@@ -16,7 +16,6 @@ from loraline.api.datagen.v1 import datagen_pb2
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.jobs.context import JobContext
 from loraline.datagen.convert.engine import ConvertCounts
-from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.publish.card import DataCard
 from loraline.datagen.publish.spool import RowSpool
 from loraline.datagen.quality.checks import check_folder
@@ -25,11 +24,8 @@ from loraline.datagen.quality.gate import Gate, refusal
 from loraline.datagen.quality.report import write_report
 from loraline.datagen.quality.request import gate_of, settings_of
 from loraline.datagen.rows import Row
-from loraline.datagen.sources import convert_rows, llm_rows, template_rows
+from loraline.datagen.sources import convert_rows, template_rows
 from loraline.datagen.spec import named_sources, split_of
-
-if TYPE_CHECKING:
-    from loraline.datagen.llms.intake import Intake
 
 REPORT_EVERY = 500
 
@@ -118,20 +114,19 @@ class _DatasetJob:
         })  # fmt: skip
 
     def _ask(self, index: int, name: str, recipe: datagen_pb2.LlmRecipe, spool: RowSpool) -> None:
+        # Here, so that jobs without a language model start without its client.
+        from loraline.datagen.llms.source import job_hooks, llm_rows
+
         context = self._context
-        hooks = Hooks(
-            progress=lambda intake: self._report(name, spool, _llm_figures(intake)),
-            note=lambda reason, message: context.note(message, severity="warning", reason=reason),
-            stopping=lambda: bool(context.stop_cause),
-            check_stop=context.check_stop,
-        )
-        ledger = context.workdir / f"llm-{index + 1}" / "ledger.jsonl"
-        intake = llm_rows(recipe, self._seed, name, ledger, lambda row: spool.add(row, name), hooks)
+        hooks = job_hooks(context, recipe.rows, lambda _, figures: self._report(name, spool, figures))
+        folder = context.workdir / f"llm-{index + 1}"
+        intake = llm_rows(recipe, self._seed, name, folder, lambda row: spool.add(row, name), hooks, context.settings)
         self._outcomes.update(intake.outcomes)
         self._told.append({
             "name": name, "kind": "llm", "recipe": recipe.recipe, "models": dict(intake.models),
             "outcomes": dict(intake.outcomes), "candidates": intake.candidates, "salvage": dict(intake.rungs),
             "prompt_tokens": intake.prompt_tokens, "completion_tokens": intake.completion_tokens,
+            "cost_usd": round(intake.cost, 6), "unparsable": intake.unparsable,
         })  # fmt: skip
 
     def _publish(self, spool: RowSpool) -> datagen_pb2.DatasetResult:
@@ -184,13 +179,6 @@ def _new_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def _llm_figures(intake: Intake) -> dict[str, float]:
-    return {
-        "candidates": float(intake.candidates), "prompt_tokens": float(intake.prompt_tokens),
-        "completion_tokens": float(intake.completion_tokens), "timeouts": float(intake.outcomes["timeout"]),
-    }  # fmt: skip
 
 
 def publish_folder(

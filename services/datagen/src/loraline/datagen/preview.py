@@ -10,7 +10,7 @@ from loraline.core.errors import LoralineError, resource_exhausted
 from loraline.core.jobs.handlers import JobPaused
 from loraline.datagen.convert.engine import ConvertCounts
 from loraline.datagen.rows import Row
-from loraline.datagen.sources import Fetch, convert_rows, llm_rows, template_rows
+from loraline.datagen.sources import Fetch, convert_rows, template_rows
 
 DEFAULT_ROWS = 5
 
@@ -33,9 +33,13 @@ def _ask(recipe: datagen_pb2.LlmRecipe, wanted: int, seed: int, name: str) -> li
     few.CopyFrom(recipe)
     few.rows = min(wanted, recipe.rows)
     few.quota_policy = datagen_pb2.QUOTA_POLICY_PAUSE
+    # Here, so that what needs no language model starts without its client.
+    from loraline.datagen.llms.hooks import Hooks
+    from loraline.datagen.llms.source import llm_rows
+
     rows: list[Row] = []
     try:
-        llm_rows(few, seed, name, None, rows.append)
+        llm_rows(few, seed, name, None, rows.append, Hooks(go_on="ask for the preview again later."))
     except JobPaused as paused:
         raise resource_exhausted(paused.reason, paused.message) from paused
     except LoralineError as error:

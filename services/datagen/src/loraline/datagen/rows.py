@@ -19,7 +19,8 @@ class Row:
 
     `kind` says what it is (`dialogue`, `settings_qa`, `background`, or the recipe that made it), `rule` which rule
     decided that, `source` where it came from (`file.csv:17`), `format` how the answer is written: one JSON object
-    (`json`), lines that a template wrote (`newline`), or free text (`text`).
+    (`json`), lines that a template wrote (`newline`), or free text (`text`). `repaired` rows come from a model's JSON
+    that had to be mended; only they say so.
     """
 
     messages: list[dict[str, str]]
@@ -27,16 +28,19 @@ class Row:
     rule: str
     source: str
     format: RowFormat = "text"
+    repaired: bool = False
 
     def to_line(self) -> str:
         """Return the row as one line of JSON, without the line end."""
-        row = {
+        row: dict[str, Any] = {
             "messages": self.messages,
             "kind": self.kind,
             "rule": self.rule,
             "source": self.source,
             "format": self.format,
         }
+        if self.repaired:
+            row["repaired"] = True
         return json.dumps(row, ensure_ascii=False)
 
 

@@ -22,13 +22,12 @@ from loraline.core.server_paths import allowed_path
 from loraline.core.serving.component import Platform
 from loraline.datagen.config import DatagenSettings
 from loraline.datagen.convert.files import find_files
-from loraline.datagen.llms.endpoint import from_environment, probe
+from loraline.datagen.llms.endpoint import endpoints_of, from_environment, probe
 from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.metrics import DatagenMetrics
 from loraline.datagen.preview import preview
 from loraline.datagen.publish.split import DEFAULT_FRACTION
 from loraline.datagen.quality.request import gate_of, resolve_base_model
-from loraline.datagen.sources import endpoint_for
 from loraline.datagen.spec import check_source, named_sources
 
 CONVERT = JobHandler("datagen.convert", datagen_pb2.ConvertDatasetRequest, "loraline.datagen.job:convert_dataset")
@@ -84,7 +83,7 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
         """Refuse at once what would fail in the job: paths, kinds, recipes, endpoints that are not configured."""
         check_source(source, field)
         if source.WhichOneof("source") == "llm":
-            endpoint_for(source.llm)
+            endpoints_of(source.llm)
         if source.convert.WhichOneof("location") == "path":
             path = allowed_path(source.convert.path, self._platform.settings.allowed_paths, f"{field}.path")
             await asyncio.to_thread(find_files, path, source.convert.subpath)

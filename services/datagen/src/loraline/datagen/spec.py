@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from google.protobuf import json_format
-from google.protobuf.struct_pb2 import Struct
-
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
-from loraline.core.errors import invalid_argument, unsupported
+from loraline.core.errors import invalid_argument
 from loraline.datagen.convert.engine import ConvertSettings
-from loraline.datagen.llms.prompting import LlmSettings
-from loraline.datagen.llms.recipes import find_recipe, with_schema
+from loraline.datagen.llms.request import llm_of
 from loraline.datagen.publish.split import DEFAULT_FRACTION
 from loraline.datagen.template.engine import Template, TemplateFormat, TemplateSettings, Weighted
 from loraline.datagen.template.places import pools_in
+from loraline.datagen.values import json_value
 
 FORMATS: dict[int, TemplateFormat] = {
     datagen_pb2.OUTPUT_FORMAT_UNSPECIFIED: "newline",
@@ -125,56 +122,3 @@ def _pool(pool: datagen_pb2.Pool) -> Weighted:
     for item in pool.items:
         weights[item.text] = weights.get(item.text, 0.0) + (item.weight or 1.0)
     return Weighted(tuple(weights), tuple(weights.values()))
-
-
-def llm_of(recipe: datagen_pb2.LlmRecipe, field: str) -> LlmSettings:
-    """Return the checked recipe; NOT_SUPPORTED for fields that this version does not serve."""
-    if len(recipe.endpoints) > 1:
-        raise unsupported(f"{field}.endpoints with more than one entry", "Name one endpoint.")
-    if recipe.max_cost_usd:
-        raise unsupported(f"{field}.max_cost_usd", "Bound the calls with max_candidates_ratio.")
-    if recipe.language:
-        raise unsupported(f"{field}.language", "Say the language in the brief.")
-    built_in = find_recipe(recipe.recipe)
-    if recipe.HasField("item_schema"):
-        built_in = with_schema(built_in, json_value(recipe.item_schema))
-    return LlmSettings(
-        built_in, recipe.rows, recipe.batch_size or 10,
-        recipe.temperature if recipe.HasField("temperature") else 0.8,
-        recipe.system_prompt, recipe.brief, tuple(recipe.topics), tuple(recipe.personas), tuple(recipe.styles),
-        tuple((shot.prompt, shot.response) for shot in recipe.few_shots),
-        "wait" if recipe.quota_policy == datagen_pb2.QUOTA_POLICY_WAIT else "pause",
-        _seconds(recipe, "max_wait", 3600.0), recipe.max_candidates_ratio or 3.0,
-        _seconds(recipe, "request_timeout", 120.0), recipe.max_tokens,
-    )  # fmt: skip
-
-
-def endpoint_of(recipe: datagen_pb2.LlmRecipe) -> tuple[str, str]:
-    """Return the name and the model of the recipe's endpoint; empty for the defaults."""
-    endpoint = recipe.endpoints[0] if recipe.endpoints else datagen_pb2.LlmEndpoint()
-    return endpoint.name, endpoint.model
-
-
-def _seconds(message: datagen_pb2.LlmRecipe, field: str, default: float) -> float:
-    if not message.HasField(field):  # type: ignore[arg-type]
-        return default
-    seconds = float(getattr(message, field).ToTimedelta().total_seconds())
-    if seconds <= 0:
-        problem = {field: "must be positive"}
-        raise invalid_argument("DURATION_INVALID", f"{field} must be longer than nothing.", **problem)
-    return seconds
-
-
-def json_value(struct: Struct) -> Any:
-    """Return a Struct as JSON values; whole numbers come back as integers."""
-    return _whole(json_format.MessageToDict(struct))
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    if isinstance(value, dict):
-        return {name: _whole(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_whole(part) for part in value]
-    return value

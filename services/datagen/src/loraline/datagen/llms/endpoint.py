@@ -1,4 +1,4 @@
-"""Endpoints: where they are, from the environment; asking one; every failure as a typed error.
+"""Endpoints: where they are, from the environment, and whether they work.
 
 Keys are read here, in the process that uses them, and go nowhere else: not into a job, a log, a ledger or an error.
 """
@@ -10,30 +10,45 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import grpc
 import openai
 
-from loraline.core.errors import LoralineError, failed_precondition, not_found, unavailable
-from loraline.datagen.llms.quota import QuotaNotice, read_notice
+from loraline.api.datagen.v1 import datagen_pb2
+from loraline.core.errors import LoralineError, failed_precondition, not_found
+from loraline.datagen.llms.failures import (
+    QuotaReached,
+    failure_of,
+    no_endpoint,
+    no_model,
+    quota_error,
+    unreachable,
+)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible endpoint. The key never shows in its text form."""
+    """An OpenAI-compatible endpoint with one of its keys. The key never shows in its text form.
+
+    `prices` are US dollars for a million tokens in and out, None when they are not configured.
+    """
 
     name: str
     base_url: str
     model: str
     api_key: str = field(repr=False)
+    prices: tuple[float, float] | None = None
+    key_number: int = 1
 
     @property
     def shown_url(self) -> str:
         """The address without a user and password that it may carry."""
         return re.sub(r"//[^/@]*@", "//", self.base_url)
+
+    @property
+    def limit_key(self) -> str:
+        """What shares one limit: the address, the model, and which of the keys."""
+        return f"{self.shown_url} {self.model} {self.key_number}"
 
     def client(self, timeout_seconds: float) -> openai.AsyncOpenAI:
         """Return a client that never retries by itself: the quota policy must see every refusal."""
@@ -42,171 +57,83 @@ class Endpoint:
         )  # fmt: skip
 
 
-class QuotaReached(Exception):
-    """The endpoint refused because of a limit."""
-
-    def __init__(self, notice: QuotaNotice):
-        super().__init__(notice.message)
-        self.notice = notice
-
-
-class TimedOut(Exception):
-    """The endpoint did not answer in time."""
-
-
-class Overloaded(Exception):
-    """The endpoint failed in a way that may pass: 5xx, or the connection broke."""
-
-
-class BadRequest(Exception):
-    """The endpoint did not accept the request's form (400, 422)."""
-
-
 def from_environment(name: str = "", model: str = "", environ: Mapping[str, str] | None = None) -> Endpoint:
-    """Return the endpoint of that name: `LLM_BASE_URL`, `LLM_API_KEY` or `LLM_API_KEY_FILE`, and `LLM_MODEL`.
+    """Return the endpoint of that name with its first key; as `all_from_environment`."""
+    return all_from_environment(name, model, environ)[0]
 
-    A named endpoint has its name in the variables: `fast` has `LLM_FAST_BASE_URL` and so on. NOT_FOUND when the
-    variables are missing.
+
+def all_from_environment(name: str = "", model: str = "", environ: Mapping[str, str] | None = None) -> list[Endpoint]:
+    """Return the endpoint of that name once for each of its keys.
+
+    `LLM_BASE_URL`, `LLM_MODEL`, and `LLM_API_KEY` (several: separated by commas) or `LLM_API_KEY_FILE` (several: one a
+    line); prices in `LLM_PRICE_INPUT` and `LLM_PRICE_OUTPUT`, US dollars for a million tokens. A named endpoint has its
+    name in the variables: `fast` has `LLM_FAST_BASE_URL` and so on. NOT_FOUND when the address is missing.
     """
     environ = os.environ if environ is None else environ
     prefix = f"LLM_{re.sub('[^A-Z0-9]', '_', name.upper())}_" if name else "LLM_"
-    base_url = environ.get(f"{prefix}BASE_URL", "").rstrip("/")
-    if not base_url:
+    base_url = environ.get(f"{prefix}BASE_URL", "").strip().rstrip("/")
+    if not re.match(r"https?://[^/\s]", base_url):
         raise not_found(
             "ENDPOINT_NOT_CONFIGURED",
-            f"There is no endpoint {name or '(default)'}: set {prefix}BASE_URL, {prefix}API_KEY or "
-            f"{prefix}API_KEY_FILE, and {prefix}MODEL in the environment of the datagen service.",
+            f"There is no endpoint {name or '(default)'}: set {prefix}BASE_URL (http:// or https://), {prefix}API_KEY "
+            f"or {prefix}API_KEY_FILE, and {prefix}MODEL in the environment of the datagen service.",
             endpoint=name or "default",
         )
     model = model or environ.get(f"{prefix}MODEL", "")
-    return Endpoint(name or "default", base_url, model, _key(prefix, environ))
+    prices = _prices(prefix, environ)
+    return [
+        Endpoint(name or "default", base_url, model, key, prices, number)
+        for number, key in enumerate(_keys(prefix, environ), start=1)
+    ]
 
 
-def _key(prefix: str, environ: Mapping[str, str]) -> str:
-    path = environ.get(f"{prefix}API_KEY_FILE", "")
+def endpoints_of(recipe: datagen_pb2.LlmRecipe) -> list[Endpoint]:
+    """Return a recipe's endpoints with all their keys, in order of preference.
+
+    Typed errors when one, or its model, is not configured.
+    """
+    named = list(recipe.endpoints) or [datagen_pb2.LlmEndpoint()]
+    endpoints = [endpoint for one in named for endpoint in all_from_environment(one.name, one.model)]
+    for endpoint in endpoints:
+        if not endpoint.model:
+            raise model_not_set(endpoint, [])
+    return endpoints
+
+
+def _keys(prefix: str, environ: Mapping[str, str]) -> list[str]:
+    path, told = environ.get(f"{prefix}API_KEY_FILE", ""), environ.get(f"{prefix}API_KEY", "")
     if path:
         try:
-            return Path(path).read_text(encoding="utf-8").strip()
+            told = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise failed_precondition(
                 "ENDPOINT_KEY_UNREADABLE", f"The file that {prefix}API_KEY_FILE names cannot be read. Mend its "
                 "permissions for the user of the datagen service.",
             ) from error  # fmt: skip
-    # Many local servers take any key, and the client refuses to start with none.
-    return environ.get(f"{prefix}API_KEY", "") or "none"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the endpoint answered."""
-
-    content: str
-    finish_reason: str
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-async def ask(client: openai.AsyncOpenAI, endpoint: Endpoint, payload: Mapping[str, Any]) -> Answer:
-    """Send one chat request.
-
-    QuotaReached, TimedOut, Overloaded and BadRequest are for the caller to act on; a LoralineError is final.
-    """
-    try:
-        response = await client.chat.completions.create(**dict(payload))
-    except openai.APITimeoutError as error:
-        raise TimedOut from error
-    except openai.APIConnectionError as error:
-        raise Overloaded(_cause(error)) from error
-    except openai.APIStatusError as error:
-        raise _status_error(error, endpoint) from error
-    except (openai.APIResponseValidationError, ValueError) as error:
-        raise _no_endpoint(endpoint, "its answer is not JSON of a chat completion") from error
-    if not getattr(response, "choices", None):
-        raise _without_choices(response, endpoint)
-    choice, usage = response.choices[0], response.usage
-    return Answer(
-        choice.message.content or "", choice.finish_reason or "", response.model or endpoint.model,
-        usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0,
-    )  # fmt: skip
-
-
-def _without_choices(response: Any, endpoint: Endpoint) -> Exception:
-    """Return the error of a 200 that holds no answer; some gateways put errors there."""
-    body = response.model_dump() if hasattr(response, "model_dump") else {"message": str(response)[:300]}
-    notice = read_notice(200, {}, body)
-    if notice is not None:
-        return QuotaReached(notice)
-    if isinstance(body, dict) and body.get("error"):
-        return Overloaded(str(body["error"])[:300])
-    return _no_endpoint(endpoint, "its answer holds no choices")
-
-
-def _status_error(error: openai.APIStatusError, endpoint: Endpoint) -> Exception:
-    status, body = error.status_code, error.body if error.body is not None else error.response.text
-    notice = read_notice(status, error.response.headers, body)
-    if notice is not None and status not in (401, 404):
-        return QuotaReached(notice)
-    if status in (400, 413, 422):
-        return BadRequest(_said(error))
-    if status >= 500:
-        return Overloaded(f"HTTP {status}: {_said(error)}")
-    return _refused(status, _said(error), endpoint)
-
-
-def _refused(status: int, said: str, endpoint: Endpoint) -> LoralineError:
-    metadata = {"endpoint": endpoint.name, "base_url": endpoint.shown_url}
-    if status in (401, 403):
-        return failed_precondition(
-            "ENDPOINT_KEY_REFUSED",
-            f"The endpoint {endpoint.name} refuses the key (HTTP {status}). Put a valid one into its LLM_…API_KEY or "
-            "LLM_…API_KEY_FILE.", **metadata,
+    keys = list(dict.fromkeys(key.strip() for key in re.split(r"[,\r\n]", told) if key.strip()))
+    if any(not key.isprintable() or not key.isascii() for key in keys):
+        raise failed_precondition(
+            "ENDPOINT_KEY_UNREADABLE", f"{prefix}API_KEY or its file holds characters that no key has. Write the key "
+            "as plain text, one a line.",
         )  # fmt: skip
-    if status == 404 and "model" in said.lower():
-        return _no_model(endpoint, [])
-    if status == 404:
-        return _no_endpoint(endpoint, "HTTP 404")
-    return failed_precondition(
-        "ENDPOINT_REFUSED", f"The endpoint {endpoint.name} refuses the request (HTTP {status}): {said}.", **metadata
-    )
+    # Many local servers take any key, and the client refuses to start with none.
+    return keys or ["none"]
 
 
-def _no_endpoint(endpoint: Endpoint, why: str) -> LoralineError:
-    return failed_precondition(
-        "ENDPOINT_NOT_FOUND",
-        f"{endpoint.shown_url} is no OpenAI-compatible endpoint: {why}. The base URL usually ends in /v1.",
-        endpoint=endpoint.name, base_url=endpoint.shown_url,
-    )  # fmt: skip
-
-
-def _no_model(endpoint: Endpoint, models: list[str]) -> LoralineError:
-    there = f" It lists {', '.join(models[:10])}." if models else ""
-    return failed_precondition(
-        "ENDPOINT_MODEL_NOT_FOUND",
-        f"The endpoint {endpoint.name} does not have the model {endpoint.model!r}.{there} Set LLM_MODEL, or `model` "
-        "in the request.", endpoint=endpoint.name, model=endpoint.model,
-    )  # fmt: skip
-
-
-def _said(error: openai.APIStatusError) -> str:
-    body = error.body
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    text = inner.get("message") if isinstance(inner, dict) else inner
-    return str(text or error.response.text)[:300].strip() or f"HTTP {error.status_code}"
-
-
-def _cause(error: openai.APIConnectionError) -> str:
-    return f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
-
-
-def unreachable(endpoint: Endpoint, why: str) -> LoralineError:
-    """Return the error of an endpoint that does not answer."""
-    return unavailable(
-        "ENDPOINT_UNREACHABLE",
-        f"The endpoint {endpoint.name} at {endpoint.shown_url} does not answer: {why}. Check the address, the network "
-        "and the proxy settings (HTTPS_PROXY, NO_PROXY) of the datagen service.",
-        endpoint=endpoint.name, base_url=endpoint.shown_url,
-    )  # fmt: skip
+def _prices(prefix: str, environ: Mapping[str, str]) -> tuple[float, float] | None:
+    told = [environ.get(f"{prefix}PRICE_{side}", "").strip() for side in ("INPUT", "OUTPUT")]
+    if not any(told):
+        return None
+    try:
+        prices = float(told[0] or 0), float(told[1] or 0)
+    except ValueError:
+        prices = (-1.0, -1.0)
+    if not all(0 <= price < float("inf") for price in prices):
+        raise failed_precondition(
+            "ENDPOINT_PRICE_INVALID", f"{prefix}PRICE_INPUT and {prefix}PRICE_OUTPUT must be US dollars for a million "
+            "tokens, such as 0.15.",
+        )  # fmt: skip
+    return prices
 
 
 async def probe(endpoint: Endpoint, timeout_seconds: float = 15.0) -> tuple[list[str], float]:
@@ -221,18 +148,28 @@ async def probe(endpoint: Endpoint, timeout_seconds: float = 15.0) -> tuple[list
         except openai.APIConnectionError as error:
             raise unreachable(endpoint, _cause(error)) from error
         except openai.APIStatusError as error:
-            failure = _status_error(error, endpoint)
+            failure = failure_of(error.status_code, error.response.headers, error.response.content, endpoint)
             raise _final(failure, endpoint) from error
         except (openai.APIError, ValueError, AttributeError, TypeError) as error:
-            raise _no_endpoint(endpoint, "its list of models cannot be read") from error
+            raise no_endpoint(endpoint, "its list of models cannot be read") from error
     if not endpoint.model:
-        raise failed_precondition(
-            "ENDPOINT_MODEL_NOT_SET", f"No model is named for the endpoint {endpoint.name}. Set LLM_MODEL, or `model` "
-            f"in the request; it lists {', '.join(models[:10]) or 'none'}.", endpoint=endpoint.name,
-        )  # fmt: skip
+        raise model_not_set(endpoint, models)
     if models and endpoint.model not in models and f"models/{endpoint.model}" not in models:
-        raise _no_model(endpoint, models)
+        raise no_model(endpoint, models)
     return models, time.monotonic() - started
+
+
+def model_not_set(endpoint: Endpoint, models: list[str]) -> LoralineError:
+    """Return the error of an endpoint for which nobody names a model."""
+    there = f"; it lists {', '.join(models[:10])}" if models else ""
+    return failed_precondition(
+        "ENDPOINT_MODEL_NOT_SET", f"No model is named for the endpoint {endpoint.name}. Set LLM_MODEL in the "
+        f"environment of the datagen service, or `model` in the request{there}.", endpoint=endpoint.name,
+    )  # fmt: skip
+
+
+def _cause(error: openai.APIConnectionError) -> str:
+    return f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
 
 
 def _final(failure: Exception, endpoint: Endpoint) -> LoralineError:
@@ -240,14 +177,4 @@ def _final(failure: Exception, endpoint: Endpoint) -> LoralineError:
         return failure
     if isinstance(failure, QuotaReached):
         return quota_error(failure.notice, endpoint)
-    return unreachable(endpoint, str(failure))
-
-
-def quota_error(notice: QuotaNotice, endpoint: Endpoint) -> LoralineError:
-    """Return the error of a limit outside a job, where nothing can be paused."""
-    wait = timedelta(seconds=notice.wait_seconds) if notice.wait_seconds is not None else None
-    return LoralineError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXHAUSTED",
-        f"The endpoint {endpoint.name} has reached its limit: {notice.message}", retry_after=wait,
-        quota={notice.quota_id or endpoint.name: notice.message}, metadata={"endpoint": endpoint.name},
-    )  # fmt: skip
+    return unreachable(endpoint, str(failure) or "no answer in time")

@@ -1,281 +1,247 @@
-"""The loop that asks until the rows wanted are there: several calls at a time, each on disk before it counts."""
+"""The loop that asks until the rows wanted are there: many calls at a time, each on disk before it counts."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-
-import openai
+from collections import deque
+from collections.abc import Sequence
 
 from loraline.core.errors import LoralineError, failed_precondition, unavailable
 from loraline.core.jobs.handlers import JobPaused
-from loraline.datagen.llms.endpoint import (
-    Answer,
-    BadRequest,
-    Endpoint,
-    Overloaded,
-    QuotaReached,
-    TimedOut,
-    ask,
-    unreachable,
-)
+from loraline.datagen.llms.batch import BatchSize
+from loraline.datagen.llms.budget import CostBudget
+from loraline.datagen.llms.call import Call, Lost, Refused
+from loraline.datagen.llms.endpoint import Endpoint
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
-from loraline.datagen.llms.ledger import CallRecord, Ledger, payload_digest
-from loraline.datagen.llms.prompting import LlmSettings, payload
-from loraline.datagen.llms.quota import QuotaNotice
+from loraline.datagen.llms.ledger import CallRecord, Ledger
+from loraline.datagen.llms.policy import QuotaPolicy
+from loraline.datagen.llms.prompting import SHOWN, LlmSettings, Prompter
+from loraline.datagen.llms.routes import LOST_FOR_GOOD, Pace, Route, Routes
 
-TRIES_OF_ONE = 3
-TRIES_WHEN_OVERLOADED = 5
 SET_ASIDE_IN_A_ROW = 3
 POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How hard an endpoint is worked: calls at a time, and the first pause of a back-off in seconds."""
-
-    concurrency: int = 4
-    backoff_seconds: float = 1.0
-    stop_grace_seconds: float = 15.0
-
-
-@dataclass
-class _State:
-    """Where the run stands."""
-
-    next_call: int = 0
-    batch: int = 10
-    structured: bool = True
-    sizes: dict[int, int] = field(default_factory=dict)
-    again: list[int] = field(default_factory=list)
-    aside_in_a_row: int = 0
-    waited: float = 0.0
-    waits: int = 0
-    waited_for: set[str] = field(default_factory=set)
-
-
 class LlmRun:
-    """One source's rows from one endpoint."""
+    """One source's rows from one or more endpoints, in order of preference."""
 
     def __init__(
-        self, settings: LlmSettings, endpoint: Endpoint, ledger: Ledger, intake: Intake, seed: int,
+        self, settings: LlmSettings, endpoints: Sequence[Endpoint], ledger: Ledger, intake: Intake, seed: int,
         hooks: Hooks | None = None, pace: Pace | None = None,
     ):  # fmt: skip
-        self._settings, self._endpoint, self._ledger, self._intake = settings, endpoint, ledger, intake
-        self._seed, self._hooks, self._pace = seed, hooks or Hooks(), pace or Pace()
-        self._state = _State(batch=settings.batch_size)
-        self._budget = max(settings.rows, math.ceil(settings.rows * settings.max_candidates_ratio))
+        self.settings, self.ledger, self.intake = settings, ledger, intake
+        self.hooks, self.pace = hooks or Hooks(), pace or Pace()
+        self.prompter = Prompter(settings, seed)
+        self.batch = BatchSize(settings.batch_size)
+        self.budget = CostBudget(settings.max_cost_usd)
+        self._endpoints, self._seed = endpoints, seed
+        self._policy = QuotaPolicy(settings, self.hooks, self.kept)
+        self._next_call = 0
+        self._again: deque[int] = deque()
+        self._sizes: dict[int, int] = {}
+        self._aside_in_a_row = 0
+        self._asked = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._woken = asyncio.Event()
 
     async def run(self) -> None:
         """Ask until all rows are accepted; what the ledger holds is not asked again.
 
-        JobPaused on a quota, LoralineError when the endpoint cannot be used or the candidates are used up.
+        JobPaused on a quota or a cost bound, LoralineError when no endpoint can be used or the candidates are used up.
         """
         self._replay()
-        async with self._endpoint.client(self._settings.timeout_seconds) as client:
-            running: dict[asyncio.Task[None], int] = {}
-            try:
-                while not self._intake.complete:
-                    self._hooks.check_stop()
-                    self._start_calls(running, client)
-                    if not running:
-                        raise self._too_slow() if self._state.aside_in_a_row >= SET_ASIDE_IN_A_ROW else self._used_up()
-                    await asyncio.wait(running, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                    if self._hooks.stopping():
-                        await self._finish(running)
-                        self._hooks.check_stop()
-                    notice = self._collect(running)
-                    if notice is not None:
-                        await self._finish(running)
-                        await self._after(notice)
-            except BaseException:
-                await self._finish(running)
-                raise
-            finally:
-                for task in running:
-                    task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
+        if self.intake.complete:
+            return
+        routes = Routes(self._endpoints, self.pace, self.hooks, self.settings.timeout_seconds)
+        try:
+            await routes.probe()
+            await self._ask_all(routes)
+        finally:
+            await self._finish()
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+            await routes.close()
+
+    def kept(self) -> str:
+        """Say how many rows there are."""
+        return f"{self.intake.accepted} of {self.settings.rows} rows are kept."
 
     def _replay(self) -> None:
-        for record in self._ledger.records:
-            self._intake.take(record)
-            self._state.next_call = max(self._state.next_call, record.call + 1)
+        for record in self.ledger.replay():
+            self.intake.take(record)
+            self._next_call = max(self._next_call, record.call + 1)
             if record.outcome == "timeout":
-                self._state.sizes[record.call] = max(1, record.size // 2)
+                self._sizes[record.call] = max(1, record.size // 2)
             else:
-                self._state.sizes.pop(record.call, None)
+                self._sizes.pop(record.call, None)
         # A call that only ever timed out is still owed an answer, at the size it had come down to.
-        self._state.again.extend(sorted(self._state.sizes))
-        self._hooks.progress(self._intake)
+        self._again.extend(sorted(self._sizes))
+        self.hooks.progress(self.intake)
 
-    def _start_calls(self, running: dict[asyncio.Task[None], int], client: openai.AsyncOpenAI) -> None:
-        state = self._state
-        while len(running) < self._pace.concurrency:
-            in_flight = sum(running.values())
-            missing = self._settings.rows - self._intake.accepted - in_flight
-            left = self._budget - self._intake.candidates - in_flight
-            if missing <= 0 or left <= 0 or state.aside_in_a_row >= SET_ASIDE_IN_A_ROW:
+    async def _ask_all(self, routes: Routes) -> None:
+        while not self.intake.complete:
+            self.hooks.check_stop()
+            self._woken.clear()
+            self._start_calls(routes)
+            if not self._running:
+                await self._stuck(routes)
+                continue
+            await self._next_event()
+            if self.hooks.stopping():
+                await self._finish()
+                self.hooks.check_stop()
+            if self._failure is not None:
+                await self._finish()
+                raise self._failure
+
+    async def _next_event(self) -> None:
+        # Cheaper than asyncio.wait over hundreds of tasks: each ended call sets the event.
+        timer = asyncio.get_running_loop().call_later(POLL_SECONDS, self._woken.set)
+        await self._woken.wait()
+        timer.cancel()
+
+    # --------------------------------------------------------------------------------------------------- starting calls
+
+    def _room(self) -> int:
+        """Return how many items may be asked for now."""
+        missing = self.settings.rows - self.intake.accepted - self._asked
+        left = self.settings.budget - self.intake.candidates - self._asked
+        return 0 if self._aside_in_a_row >= SET_ASIDE_IN_A_ROW else min(missing, left)
+
+    def _start_calls(self, routes: Routes) -> None:
+        while (room := self._room()) > 0:
+            spent, pauses = self.intake.cost, self.intake.budget_pauses
+            if not self.budget.room(spent, pauses, len(self._running)):
                 return
-            if state.again:
-                call = state.again.pop(0)
+            route = routes.ready()
+            if route is None:
+                return
+            if self._again:
+                number = self._again.popleft()
             else:
-                call, state.next_call = state.next_call, state.next_call + 1
-            size = min(state.sizes.get(call, state.batch), missing, left)
-            running[asyncio.create_task(self._call(client, call, size))] = size
+                number, self._next_call = self._next_call, self._next_call + 1
+            size = min(self._sizes.get(number, self.batch.size), room)
+            self._asked += size
+            task = asyncio.create_task(self._do(routes, route, number, size, route.limiter.begin()))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
 
-    def _collect(self, running: dict[asyncio.Task[None], int]) -> QuotaNotice | None:
-        """Clear the finished calls away; return the quota notice among them, if any. Other errors are raised."""
-        notice: QuotaNotice | None = None
-        failure: BaseException | None = None
-        for task in [task for task in running if task.done()]:
-            del running[task]
-            error = task.exception()
-            if isinstance(error, _Refused):
-                self._state.again.append(error.call)
-                notice = notice or error.notice
-            elif error is not None:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        return notice
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._woken.set()
 
-    def _record(self, record: CallRecord) -> None:
-        """Write a call down and take it in, in one step: the order of the ledger is the order of the rows."""
-        self._ledger.append(record)
-        found = self._intake.take(record)
-        state = self._state
+    async def _do(self, routes: Routes, route: Route, number: int, size: int, started: float) -> None:
+        try:
+            await Call(self, route, number, started).make(size)
+        except Refused as refused:
+            route.refused(refused.notice, started)
+            self._again.append(number)
+        except Lost as lost:
+            self._again.append(number)
+            self._lose(routes, route, lost.error)
+        except LoralineError as error:
+            if error.reason in LOST_FOR_GOOD and len(routes.live) > 1:
+                self._again.append(number)
+                routes.lose(route, error)
+            else:
+                self._failure = self._failure or error
+        except Exception as error:
+            self._failure = self._failure or error
+        finally:
+            route.limiter.end()
+            self._asked -= size
+
+    def _lose(self, routes: Routes, route: Route, error: LoralineError) -> None:
+        routes.lose(route, error)
+        if not routes.live:
+            self._failure = self._failure or self._keeping(error)
+
+    def _keeping(self, error: LoralineError) -> BaseException:
+        """Return the error, or a pause when there is something to keep and the endpoint may come back."""
+        if not self.intake.accepted:
+            return error
+        self.hooks.count("datagen_pauses", 1, reason=error.reason, endpoint="", model="")
+        return JobPaused(error.reason, f"{error.message} {self.kept()} To go on: {self.hooks.go_on}")
+
+    # ------------------------------------------------------------------------------------------------------- recording
+
+    def context(self, number: int, size: int) -> list[str]:
+        """Return the instructions that call `number` shows or rewrites."""
+        mode = self.settings.recipe.context
+        if not mode:
+            return []
+        return self.intake.pool.draw(f"{self._seed}:{number}", SHOWN if mode == "examples" else size)
+
+    async def record(self, record: CallRecord) -> None:
+        """Write a call down, then take it in. Calls go on in the order of the ledger, so that is the rows' order."""
+        await self.ledger.append(record)
+        before = self.intake.outcomes.copy(), self.intake.accepted
+        found = self.intake.take(record)
+        self._count_rows(*before)
         if record.outcome == "timeout":
+            self._sizes[record.call] = max(1, record.size // 2)
             return
-        state.sizes.pop(record.call, None)
-        if record.outcome == "set_aside":
-            state.aside_in_a_row += 1
-        else:
-            state.aside_in_a_row, state.waits, state.waited = 0, 0, 0.0
-            state.waited_for.clear()
-        if record.finish_reason == "length" and found < record.size:
-            state.batch = max(1, min(state.batch, found))  # Ask for what fits instead of paying for cut items.
-        self._hooks.progress(self._intake)
+        self._sizes.pop(record.call, None)
+        self._aside_in_a_row = self._aside_in_a_row + 1 if record.outcome == "set_aside" else 0
+        if record.outcome == "answered":
+            self._policy.answered()
+            self.batch.answered(record.size, found, cut=record.finish_reason == "length")
+        self.hooks.progress(self.intake)
 
-    async def _finish(self, running: dict[asyncio.Task[None], int]) -> None:
+    def _count_rows(self, outcomes: dict[str, int], accepted: int) -> None:
+        for name, count in self.intake.outcomes.items():
+            if count > outcomes.get(name, 0):
+                self.hooks.count("datagen_rows", count - outcomes.get(name, 0), outcome=name)
+        if self.intake.accepted > accepted:
+            self.hooks.count("datagen_rows", self.intake.accepted - accepted, outcome="accepted")
+
+    # --------------------------------------------------------------------------------------------------------- stopping
+
+    async def _finish(self) -> None:
         """Let calls that are under way come back and be recorded: they are paid for."""
-        if running:
-            done, _ = await asyncio.wait(running, timeout=self._pace.stop_grace_seconds)
-            for task in done:
-                del running[task]
-                error = task.exception()
-                if isinstance(error, _Refused):
-                    self._state.again.append(error.call)
+        if self._running:
+            await asyncio.wait(self._running, timeout=self.pace.stop_grace_seconds)
 
-    async def _call(self, client: openai.AsyncOpenAI, call: int, size: int) -> None:
-        """Make one call, smaller after each time-out; the record is on disk when this returns."""
-        timeouts = failures = 0
-        while True:
-            structured = self._state.structured
-            body = payload(self._settings, self._endpoint.model, self._seed, call, size, structured=structured)
-            digest = payload_digest(body)
-            try:
-                answer = await ask(client, self._endpoint, body)
-                return self._record(_answered(call, size, digest, answer))
-            except QuotaReached as error:
-                raise _Refused(call, error.notice) from error
-            except TimedOut:
-                if size > 1:
-                    self._record(CallRecord(call, size, digest, "timeout"))
-                    size //= 2
-                    self._state.sizes[call] = size
-                    continue
-                timeouts += 1
-                if timeouts >= TRIES_OF_ONE:
-                    return self._record(CallRecord(call, size, digest, "set_aside"))
-                await asyncio.sleep(self._pace.backoff_seconds * 2**timeouts)
-            except Overloaded as error:
-                failures += 1
-                if failures >= TRIES_WHEN_OVERLOADED:
-                    raise unreachable(self._endpoint, str(error)) from error
-                await asyncio.sleep(self._pace.backoff_seconds * 2 ** (failures - 1))
-            except BadRequest as error:
-                if not structured:
-                    raise self._not_accepted(error) from error
-                self._fall_back(error)
+    async def _stuck(self, routes: Routes) -> None:
+        """No call runs and none could start: say why, or wait until one can."""
+        if self._failure is not None:
+            raise self._failure
+        if self._aside_in_a_row >= SET_ASIDE_IN_A_ROW:
+            raise self._keeping(self._too_slow())
+        if self.settings.budget <= self.intake.candidates:
+            raise self._used_up()
+        if not self.budget.room(self.intake.cost, self.intake.budget_pauses, 0):
+            raise await self._budget_reached()
+        if not routes.live:
+            raise routes.first_error or AssertionError
+        await self._policy.wait(routes)
 
-    def _fall_back(self, error: BadRequest) -> None:
-        if self._state.structured:
-            self._state.structured = False
-            self._hooks.note(
-                "STRUCTURED_OUTPUT_REFUSED", f"The endpoint refuses response_format ({error}); going on without it."
-            )  # fmt: skip
-
-    async def _after(self, notice: QuotaNotice) -> None:
-        """Wait as the policy says, or raise JobPaused."""
-        state, settings = self._state, self._settings
-        wait = notice.wait_seconds
-        if settings.quota_policy == "pause":
-            raise self._paused(notice, wait)
-        came_back = notice.quota_id and notice.quota_id in state.waited_for
-        if notice.exhausted and (wait is None or came_back):
-            raise self._paused(notice, wait)
-        seconds = wait if wait is not None else min(60.0, self._pace.backoff_seconds * 2**state.waits)
-        if state.waited + seconds > settings.max_wait_seconds:
-            raise self._paused(notice, wait)
-        self._hooks.note("QUOTA_WAIT", f"The endpoint is at its limit; waiting {seconds:.1f} s: {notice.message}")
-        state.waits += 1
-        state.waited += seconds
-        state.waited_for.add(notice.quota_id)
-        end = asyncio.get_running_loop().time() + seconds
-        while (left := end - asyncio.get_running_loop().time()) > 0:
-            self._hooks.check_stop()
-            await asyncio.sleep(min(POLL_SECONDS, left))
-
-    def _paused(self, notice: QuotaNotice, wait: float | None) -> JobPaused:
-        retry = datetime.now(UTC) + timedelta(seconds=wait) if wait is not None else None
-        when = f" Trying again makes sense after {retry:%Y-%m-%d %H:%M:%S} UTC." if retry else ""
+    async def _budget_reached(self) -> JobPaused:
+        allowed = self.budget.allowed(self.intake.budget_pauses)
+        await self.record(CallRecord(-1, 0, "", "budget"))
+        self.hooks.count("datagen_pauses", 1, reason="BUDGET_REACHED", endpoint="", model="")
         return JobPaused(
-            "QUOTA_EXHAUSTED",
-            f"The endpoint {self._endpoint.name} is at its limit: {notice.message} {self._kept()}{when} "
-            "Resume the job to go on where it stopped.", retry,
+            "BUDGET_REACHED", f"The calls cost {self.intake.cost:.4f} US dollars of {allowed:.4f} that max_cost_usd "
+            f"allows; one more could go above it. {self.kept()} To spend max_cost_usd once more: {self.hooks.go_on}",
         )  # fmt: skip
 
-    def _kept(self) -> str:
-        return f"{self._intake.accepted} of {self._settings.rows} rows are kept."
-
     def _used_up(self) -> LoralineError:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(self._intake.outcomes.items())) or "no items"
+        told = ", ".join(f"{count} {name}" for name, count in sorted(self.intake.outcomes.items())) or "no items"
         return failed_precondition(
             "LLM_CANDIDATES_EXHAUSTED",
-            f"{self._intake.accepted} of {self._settings.rows} rows came out of {self._intake.candidates} candidates, "
+            f"{self.intake.accepted} of {self.settings.rows} rows came out of {self.intake.candidates} candidates, "
             f"the most that max_candidates_ratio allows ({told}). Give more topics, personas or styles, a clearer "
             "brief, or a larger max_candidates_ratio.",
-            accepted=str(self._intake.accepted), candidates=str(self._intake.candidates),
+            accepted=str(self.intake.accepted), candidates=str(self.intake.candidates),
         )  # fmt: skip
 
     def _too_slow(self) -> LoralineError:
+        names = ", ".join(dict.fromkeys(endpoint.name for endpoint in self._endpoints))
         return unavailable(
             "ENDPOINT_TIMEOUT",
-            f"The endpoint {self._endpoint.name} did not answer within {self._settings.timeout_seconds:g} s, not even "
-            f"for single items. {self._kept()} Set a longer request_timeout, or mend the endpoint, and resume the job.",
-            endpoint=self._endpoint.name,
-        )
-
-    def _not_accepted(self, error: BadRequest) -> LoralineError:
-        return failed_precondition(
-            "ENDPOINT_REFUSED", f"The endpoint {self._endpoint.name} does not accept the request: {error}. Check "
-            "model, max_tokens and temperature.", endpoint=self._endpoint.name,
+            f"The endpoint {names} did not answer within {self.settings.timeout_seconds:g} s, not even for single "
+            "items. Set a longer request_timeout, or mend the endpoint.", endpoint=names,
         )  # fmt: skip
-
-
-def _answered(call: int, size: int, digest: str, answer: Answer) -> CallRecord:
-    return CallRecord(
-        call, size, digest, "answered", answer.content, answer.finish_reason, answer.model, answer.prompt_tokens,
-        answer.completion_tokens,
-    )  # fmt: skip
-
-
-class _Refused(Exception):
-    """A call that a limit refused, to be made again."""
-
-    def __init__(self, call: int, notice: QuotaNotice):
-        super().__init__(notice.message)
-        self.call, self.notice = call, notice

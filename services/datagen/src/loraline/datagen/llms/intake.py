@@ -1,34 +1,51 @@
-"""From recorded answers to accepted rows: salvage, schema, duplicates, all counted."""
+"""From recorded answers to accepted rows: salvage, schema, language, duplicates, all counted."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from jsonschema import Draft202012Validator
-
+from loraline.datagen.llms.language import is_written_in
 from loraline.datagen.llms.ledger import CallRecord
+from loraline.datagen.llms.novelty import InstructionPool
 from loraline.datagen.llms.prompting import LlmSettings
-from loraline.datagen.llms.recipes import ItemError
-from loraline.datagen.llms.salvage import salvage
+from loraline.datagen.llms.recipes import ItemError, Messages
+from loraline.datagen.llms.salvage import Item, salvage
+from loraline.datagen.llms.schemas import compiled, required_keys
 from loraline.datagen.rows import Row, row_digest
+
+SHOWN_UNPARSABLE = 20
+REFUSES = re.compile(r"\s*(?:I(?:'m| am) sorry|Sorry,|I can(?:'t|not) |As an AI\b|죄송|抱歉|对不起)", re.IGNORECASE)
 
 
 class Intake:
-    """Takes records in the order of the ledger, live or when it is read again, with the same result both times."""
+    """Takes records in the order of the ledger, live or when it is read again, with the same result both times.
 
-    def __init__(self, settings: LlmSettings, name: str, accept: Callable[[Row], None]):
+    `accept` gets each row; `unparsable` each answer that held no item, with the reason.
+    """
+
+    def __init__(
+        self, settings: LlmSettings, name: str, accept: Callable[[Row], Any],
+        unparsable: Callable[[CallRecord, str], None] | None = None,
+    ):  # fmt: skip
         self._settings, self._name, self._accept = settings, name, accept
-        self._validator = Draft202012Validator(settings.recipe.item_schema)
+        self._unparsable = unparsable or (lambda _record, _why: None)
+        self._validator = compiled(settings.recipe.item_schema)
+        self._keys = required_keys(settings.recipe.item_schema)
         self._seen: set[bytes] = set()
+        self.pool = InstructionPool([prompt for prompt, _ in settings.few_shots])
         self.outcomes: Counter[str] = Counter()
         self.rungs: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
+        self.unparsable: list[dict[str, Any]] = []
         self.accepted = 0
         self.candidates = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cost = 0.0
+        self.budget_pauses = 0
 
     @property
     def complete(self) -> bool:
@@ -37,47 +54,77 @@ class Intake:
 
     def take(self, record: CallRecord) -> int:
         """Take one record in; return how many items its answer held."""
+        if record.outcome == "budget":
+            self.budget_pauses += 1
+            return 0
         if record.outcome == "timeout":
             self.outcomes["timeout"] += 1
             return 0
         self.candidates += record.size
-        if record.outcome == "set_aside":
-            self.outcomes["set_aside"] += record.size
+        self.cost += record.cost
+        if record.outcome != "answered":
+            self.outcomes[record.outcome] += record.size
             return 0
         self.models[record.model] += 1
         self.prompt_tokens += record.prompt_tokens
         self.completion_tokens += record.completion_tokens
-        found = salvage(record.content)
+        return self._take_answer(record)
+
+    def _take_answer(self, record: CallRecord) -> int:
+        found = salvage(record.content, self._keys, cut=record.finish_reason == "length")
         self.rungs[found.rung] += 1
         if not found.items:
             self.outcomes["unparsable_answer"] += 1
-        for number, item in enumerate(found.items, start=1):
-            self._take_item(item, record, number)
+            self._unparsable(record, found.why)
+            if len(self.unparsable) < SHOWN_UNPARSABLE:
+                self.unparsable.append({"call": record.call + 1, "reason": found.why, "text": record.content[:500]})
+        for number, item in enumerate(found.items):
+            outcome = self._take_item(item, record, number, repaired=number in found.repaired)
+            if outcome:
+                self.outcomes[outcome] += 1
         return len(found.items)
 
-    def _take_item(self, item: dict[str, Any], record: CallRecord, number: int) -> None:
+    def _take_item(self, item: Item, record: CallRecord, number: int, *, repaired: bool) -> str:
+        """Accept an item's row, or return why it is left out."""
         if not self._validator.is_valid(item):
-            self.outcomes["rejected_schema"] += 1
-            return
+            return "rejected_schema"
+        recipe = self._settings.recipe
         try:
-            messages = self._settings.recipe.to_messages(item)
+            messages = recipe.to_messages(item)
             for message in messages:
                 message["content"].encode("utf-8")
         except (ItemError, UnicodeEncodeError):
-            self.outcomes["rejected_content"] += 1
-            return
-        if not all(message["content"].strip() for message in messages):
-            self.outcomes["rejected_empty"] += 1
-            return
+            return "rejected_content"
+        problem = self._problem(messages)
+        if problem:
+            return problem
         digest = row_digest(messages)
         if digest in self._seen:
-            self.outcomes["duplicate"] += 1
-            return
+            return "duplicate"
         if self.complete:
-            self.outcomes["surplus"] += 1
-            return
+            return "surplus"
         self._seen.add(digest)
         self.accepted += 1
-        recipe = self._settings.recipe
-        source = f"{self._name}:call-{record.call + 1}.{number}"
-        self._accept(Row(messages, recipe.name, f"llm:{record.model}", source, recipe.format))
+        if recipe.context:
+            self.pool.add(messages[0]["content"])
+        source = f"{self._name}:call-{record.call + 1}.{number + 1}"
+        row = Row(messages, recipe.name, f"llm:{record.model}", source, recipe.format, repaired=repaired)
+        if repaired:
+            self.outcomes["repaired"] += 1
+        self._accept(row)
+        return ""
+
+    def _problem(self, messages: Messages) -> str:
+        if not all(message["content"].strip() for message in messages):
+            return "rejected_empty"
+        language, recipe = self._settings.language, self._settings.recipe
+        if language:
+            said = [m["content"] for m in messages if m["role"] == "user" or recipe.format != "json"]
+            if not all(is_written_in(text, language) for text in said):
+                return "rejected_language"
+        if recipe.context:
+            if REFUSES.match(messages[-1]["content"]):
+                return "rejected_refusal"
+            if self.pool.too_like(messages[0]["content"]):
+                return "rejected_similar"
+        return ""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from loraline.datagen.llms.language import NAMES
 from loraline.datagen.llms.recipes import Recipe
 
 WRAPPER = "items"
+EVOLUTIONS = (
+    "add one more constraint or requirement", "ask for more depth and breadth in the same matter",
+    "replace a general idea by a more specific one", "make it need several steps of reasoning",
+    "put it into a concrete situation with real-world details",
+    "write a quite new one of the same field and difficulty that is rarer",
+)  # fmt: skip
+SHOWN = 8
+"""Instructions that self-instruct shows in a request."""
 
 
 @dataclass(frozen=True)
@@ -32,43 +42,86 @@ class LlmSettings:
     max_candidates_ratio: float = 3.0
     timeout_seconds: float = 120.0
     max_tokens: int = 0
+    max_cost_usd: float = 0.0
+    language: str = ""
+
+    @property
+    def budget(self) -> int:
+        """Candidates that may be asked for in all."""
+        return max(self.rows, math.ceil(self.rows * self.max_candidates_ratio))
 
 
-def payload(settings: LlmSettings, model: str, seed: int, call: int, size: int, *, structured: bool) -> dict[str, Any]:
-    """Return the body of call number `call`: the same for the same arguments."""
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [
-            {"role": "system", "content": settings.system_prompt or settings.recipe.system_prompt},
-            {"role": "user", "content": _question(settings, seed, call, size)},
-        ],
-        "temperature": settings.temperature,
-    }
-    if settings.max_tokens:
-        body["max_tokens"] = settings.max_tokens
-    if structured:
-        body["response_format"] = _response_format(settings.recipe)
-    return body
+class Prompter:
+    """Writes request bodies: the same bytes for the same arguments. What does not change is written once."""
+
+    def __init__(self, settings: LlmSettings, seed: int):
+        self._settings, self._seed = settings, seed
+        self._combinations = [("Topic", settings.topics), ("Who asks", settings.personas), ("Style", settings.styles)]
+        total = math.prod(len(values) or 1 for _, values in self._combinations)
+        draw = int.from_bytes(hashlib.sha256(f"llm:{seed}".encode()).digest()[:8])
+        self._first, self._step = draw % total, _coprime(draw >> 20, total)
+        parts = [settings.brief] if settings.brief else []
+        if settings.language:
+            parts.append(f"Write everything that people say in {NAMES[settings.language]}.")
+        self._brief = parts
+        self._shots = [f"Example of a user turn: {prompt}\nExample of its answer: {response}"
+                       for prompt, response in settings.few_shots]  # fmt: skip
+        self._schema = json.dumps(settings.recipe.item_schema, ensure_ascii=False)
+        system = settings.system_prompt or settings.recipe.system_prompt
+        self._before = f'"messages": [{{"role": "system", "content": {_json(system)}}}, {{"role": "user", "content": '
+        rest: dict[str, Any] = {"temperature": settings.temperature}
+        if settings.max_tokens:
+            rest["max_tokens"] = settings.max_tokens
+        self._after = {False: _json(rest)[1:], True: _json({**rest, "response_format": _format(settings.recipe)})[1:]}
+
+    def body(self, model: str, call: int, size: int, *, structured: bool, context: Sequence[str] = ()) -> bytes:
+        """Return the body of call number `call` for `size` items; `context` are instructions to show or to rewrite."""
+        question = self.question(call, size, context)
+        text = f'{{"model": {_json(model)}, {self._before}{_json(question)}}}], {self._after[structured]}'
+        return text.encode("utf-8", "replace")
+
+    def question(self, call: int, size: int, context: Sequence[str] = ()) -> str:
+        """Return the user turn of a request."""
+        parts = [*self._brief, *self._drawn(call), *self._shots]
+        mode = self._settings.recipe.context
+        if mode == "examples" and context:
+            shown = "\n".join(f"- {text}" for text in context)
+            parts.append(f"Instructions that exist already. Write others, of different kinds:\n{shown}")
+        elif mode == "evolve" and context:
+            way = EVOLUTIONS[(self._seed + call) % len(EVOLUTIONS)]
+            shown = "\n".join(f"{number}. {text}" for number, text in enumerate(context, start=1))
+            parts.append(f"Rewrite each of these instructions into a new, harder one: {way}.\n{shown}")
+        parts.append(
+            f"Write {size} different item{'s' if size != 1 else ''}. This is batch {call + 1}; its items differ from "
+            f'those of other batches. Answer with one JSON object {{"{WRAPPER}": [...]}} and nothing else. Each item '
+            f"fits this JSON schema:\n{self._schema}"
+        )
+        return "\n\n".join(parts)
+
+    def _drawn(self, call: int) -> list[str]:
+        """Return the seeds of a call. All combinations come before one comes again, in an order of the run's seed."""
+        place = self._first + call * self._step
+        drawn = []
+        for label, values in self._combinations:
+            if values:
+                place, index = divmod(place, len(values))
+                drawn.append(f"{label}: {values[index]}")
+        return drawn
 
 
-def _question(settings: LlmSettings, seed: int, call: int, size: int) -> str:
-    draw = random.Random(f"llm:{seed}:{call}")  # noqa: S311 - reproducible draws, no secrets
-    parts = [settings.brief] if settings.brief else []
-    for label, values in (("Topic", settings.topics), ("Who asks", settings.personas), ("Style", settings.styles)):
-        if values:
-            parts.append(f"{label}: {draw.choice(values)}")
-    for prompt, response in settings.few_shots:
-        parts.append(f"Example of a user turn: {prompt}\nExample of its answer: {response}")
-    schema = json.dumps(settings.recipe.item_schema, ensure_ascii=False)
-    parts.append(
-        f"Write {size} different item{'s' if size != 1 else ''}. This is batch {call + 1}; its items differ from those "
-        f'of other batches. Answer with one JSON object {{"{WRAPPER}": [...]}} and nothing else. Each item fits this '
-        f"JSON schema:\n{schema}"
-    )
-    return "\n\n".join(parts)
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _response_format(recipe: Recipe) -> Mapping[str, Any]:
+def _coprime(start: int, total: int) -> int:
+    """Return a step that visits all of `total` places before it comes back to the first."""
+    step = start % total or 1
+    while math.gcd(step, total) != 1:
+        step += 1
+    return step
+
+
+def _format(recipe: Recipe) -> Mapping[str, Any]:
     schema = {
         "type": "object",
         "properties": {WRAPPER: {"type": "array", "items": recipe.item_schema}},

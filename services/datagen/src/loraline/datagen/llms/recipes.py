@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from loraline.core.errors import LoralineError, invalid_argument, not_found, unsupported
+from loraline.core.errors import invalid_argument, not_found
 from loraline.datagen.convert.shapes import PairShape, ShapeError, parse, recognise
+from loraline.datagen.llms.schemas import bad_schema, compiled
 from loraline.datagen.rows import RowFormat, conversation
 
 Messages = list[dict[str, str]]
-PLANNED = frozenset({"self-instruct", "evol-instruct"})
 TEXT = {"type": "string", "minLength": 1}
 
 
@@ -24,7 +24,11 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way of asking a model for rows. `to_messages` turns an item that fits the schema into a row's messages."""
+    """A way of asking a model for rows. `to_messages` turns an item that fits the schema into a row's messages.
+
+    `context` says what a request shows of the few-shot prompts and of the rows made so far: `examples` to write others
+    than these, `evolve` to make harder ones of them, nothing otherwise.
+    """
 
     name: str
     description: str
@@ -33,6 +37,7 @@ class Recipe:
     to_messages: Callable[[Mapping[str, Any]], Messages]
     format: RowFormat = "text"
     strict_schema: bool = True
+    context: Literal["", "examples", "evolve"] = ""
 
 
 def _instruction(item: Mapping[str, Any]) -> Messages:
@@ -112,14 +117,32 @@ RECIPES: dict[str, Recipe] = {
             "json",
             strict_schema=False,
         ),
+        Recipe(
+            "self-instruct",
+            "From a few instructions of yours to many of other kinds, each unlike those before it.",
+            "You extend a set of tasks for an assistant. Each item is one new instruction and the best answer to it. "
+            "New instructions differ from those shown in task, field, length and form; the answers are complete and "
+            "correct.",
+            _object(instruction=TEXT, response=TEXT),
+            _instruction,
+            context="examples",
+        ),
+        Recipe(
+            "evol-instruct",
+            "Your instructions, step by step made harder, deeper or rarer, with answers.",
+            "You make instructions for an assistant harder. Each item is one rewritten instruction that a person can "
+            "understand and an assistant can answer from the text alone, and the best answer to it. The rewriting adds "
+            "at most twenty words and never mentions the old instruction.",
+            _object(instruction=TEXT, response=TEXT),
+            _instruction,
+            context="evolve",
+        ),
     )
 }
 
 
 def find_recipe(name: str) -> Recipe:
     """Return the built-in recipe; NOT_FOUND names those there are."""
-    if name in PLANNED:
-        raise unsupported(f"The recipe {name}", f"Use one of {', '.join(RECIPES)}.")
     recipe = RECIPES.get(name)
     if recipe is None:
         there = f"There is no recipe {name!r}; there are {', '.join(RECIPES)}."
@@ -129,27 +152,29 @@ def find_recipe(name: str) -> Recipe:
 
 def with_schema(recipe: Recipe, schema: Mapping[str, Any]) -> Recipe:
     """Return the recipe with the caller's schema of one item; its fields must have one of the shapes convert knows."""
-    from jsonschema import Draft202012Validator, SchemaError
-
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        raise _bad_schema(f"it is no JSON schema: {error.message}") from error
+    compiled(schema)
     properties = schema.get("properties")
     shape = recognise({name: [] for name in properties}) if isinstance(properties, Mapping) else None
     if shape is None:
-        raise _bad_schema("its properties are of no known shape, such as prompt/completion, input/output or messages")
+        raise bad_schema("its properties are of no known shape, such as prompt/completion, input/output or messages")
     name = shape.name if isinstance(shape, PairShape) else shape
-    return Recipe(recipe.name, f"{recipe.description} ({name})", recipe.system_prompt, schema, _by_shape,
-                  recipe.format, strict_schema=False)  # fmt: skip
+    return replace(
+        recipe, description=f"{recipe.description} ({name})", item_schema=schema, to_messages=_by_shape,
+        strict_schema=False,
+    )  # fmt: skip
+
+
+def check_context(recipe: Recipe, few_shots: int, field: str) -> None:
+    """INVALID_ARGUMENT when the recipe works on given instructions and there are none."""
+    if recipe.context and not few_shots:
+        raise invalid_argument(
+            "FEW_SHOTS_MISSING", f"The recipe {recipe.name} starts from instructions of yours: put some into "
+            f"{field}.few_shots.", **{f"{field}.few_shots": "missing"},
+        )  # fmt: skip
 
 
 def _by_shape(item: Mapping[str, Any]) -> Messages:
     return [{"role": role, "content": text} for role, text in parse(item).turns]
-
-
-def _bad_schema(why: str) -> LoralineError:
-    return invalid_argument("ITEM_SCHEMA_INVALID", f"item_schema cannot be used: {why}.", item_schema=why)
 
 
 ItemError = ShapeError
