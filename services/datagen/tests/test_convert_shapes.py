@@ -259,10 +259,10 @@ def test_a_file_without_read_permission(write: Write) -> None:
 def test_a_file_that_cannot_be_read_names_itself(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(a_DOT_jsonl='{"input": "a", "output": "b"}')
 
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     error = failure(folder)
     assert (error.reason, error.metadata["file"]) == ("FILE_UNREADABLE", "a.jsonl")
 

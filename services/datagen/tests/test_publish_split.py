@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,36 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraline.datagen.digest_set import DigestSet
 from loraline.datagen.publish.card import DataCard
-from loraline.datagen.publish.split import validation_prompts
+from loraline.datagen.publish.split import validation_rows
 from loraline.datagen.publish.spool import RowSpool
 from loraline.datagen.quality.checks import check_folder
 from loraline.datagen.rows import Row, conversation, prompt_digest
+
+
+def validation_prompts(prompts: list[bytes], fraction: float, seed: int) -> set[bytes]:
+    """Return the prompts that are chosen, after seeing that all rows of each are."""
+    digests = [hashlib.sha256(prompt).digest()[:16] for prompt in prompts]
+    chosen = validation_rows(b"".join(digests), fraction, seed)
+    sides: dict[bytes, set[bool]] = {}
+    for prompt, side in zip(prompts, chosen, strict=True):
+        sides.setdefault(prompt, set()).add(bool(side))
+    assert all(len(found) == 1 for found in sides.values())
+    return {prompt for prompt, found in sides.items() if True in found}
+
+
+@given(st.lists(st.integers(0, 3000).map(lambda n: hashlib.sha256(str(n).encode()).digest()), max_size=4000))
+def test_a_digest_set_is_a_set(digests: list[bytes]) -> None:
+    compact, real = DigestSet(), set[bytes]()
+    for digest in digests:
+        assert (digest in compact) == (digest in real)
+        assert compact.add(digest) == (digest not in real)
+        real.add(digest)
+    assert len(compact) == len(real)
+    assert compact.add(bytes(16))
+    assert bytes(16) in compact
+
 
 Prompts = st.lists(st.integers(0, 40).map(lambda n: str(n).encode()), max_size=120)
 Fractions = st.one_of(st.just(0.0), st.floats(0.001, 0.95))

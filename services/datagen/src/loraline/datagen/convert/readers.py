@@ -7,17 +7,22 @@ ends the job is for the caller to say.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from loraline.core.errors import LoralineError
 from loraline.datagen.convert.files import SourceFile
+from loraline.datagen.convert.json_list import JsonListReader
 from loraline.datagen.convert.problems import bad_record
+from loraline.datagen.convert.text import open_text
+
+if TYPE_CHECKING:
+    from _csv import Reader as CsvReader
 
 csv.field_size_limit(64 * 1024 * 1024)
+STREAM_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -31,28 +36,16 @@ class RawRecord:
 Records = Iterator[RawRecord | LoralineError]
 
 
-def read_text(file: SourceFile) -> str:
-    """Return a file's text: UTF-8 with or without BOM, or UTF-16 with BOM; line ends as they are."""
-    try:
-        raw = file.path.read_bytes()
-    except OSError as error:
-        raise bad_record(
-            "FILE_UNREADABLE", file.name, 0, f"the file cannot be read: {error.strerror}.", "Mend its permissions"
-        ) from error
-    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise bad_record(
-            "FILE_ENCODING", file.name, line, f"the text is not {encoding.removesuffix('-sig').upper()}.",
-            "Save the file as UTF-8 (from GB18030, say: iconv -f GB18030 -t UTF-8)",
-        ) from error  # fmt: skip
-
-
 def read_json(file: SourceFile) -> Records:
-    """Read a list of records, an object that wraps such a list, an object of key: text, or one record."""
-    text = read_text(file)
+    """Read a list of records, an object that wraps such a list, an object of key: text, or one record.
+
+    A list of more than STREAM_BYTES is read element by element: then the records before a break come before its error.
+    """
+    with open_text(file, "") as opened:
+        if file.path.stat().st_size > STREAM_BYTES and _begins_list(opened):
+            yield from _read_long_list(file, opened)
+            return
+        text = opened.read()
     if not text.strip():
         return
     try:
@@ -68,6 +61,19 @@ def read_json(file: SourceFile) -> Records:
         return
     yield bad_record("SHAPE_UNKNOWN", file.name, 1, "the file holds neither a list nor an object.",
                      "Bring a list of records")  # fmt: skip
+
+
+def _begins_list(text: TextIO) -> bool:
+    begin = text.read(4096).lstrip()
+    text.seek(0)
+    return begin.startswith("[")
+
+
+def _read_long_list(file: SourceFile, text: TextIO) -> Records:
+    try:
+        yield from (RawRecord(line, record) for line, record in JsonListReader(text).elements())
+    except (json.JSONDecodeError, RecursionError) as error:
+        yield _broken_json(file, error, getattr(error, "lineno", 0))
 
 
 def _from_object(document: dict[str, Any]) -> Records:
@@ -111,21 +117,26 @@ def _broken_json(file: SourceFile, error: Exception, line: int) -> LoralineError
 
 def read_jsonl(file: SourceFile) -> Records:
     """Read one JSON value a line; blank lines do not count as records."""
-    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield RawRecord(number, json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield _broken_json(file, error, number)
+    # Lines end at \n only: U+2028 and its like may stand inside a JSON string.
+    with open_text(file, "\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield RawRecord(number, json.loads(line))
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield _broken_json(file, error, number)
 
 
 def read_csv(file: SourceFile) -> Records:
     """Read a table with a header; two columns without known names are taken as question and answer."""
-    text = read_text(file)
-    delimiter = _delimiter(text, file.path.suffix.lower())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    with open_text(file, "") as text:
+        delimiter = _delimiter(text, file.path.suffix.lower())
+        text.seek(0)
+        yield from _table(file, csv.reader(text, delimiter=delimiter, strict=True))
+
+
+def _table(file: SourceFile, reader: CsvReader) -> Records:
     header: list[str] | None = None
     line = 1
     try:
@@ -143,10 +154,10 @@ def read_csv(file: SourceFile) -> Records:
                          "Close the quotation marks there")  # fmt: skip
 
 
-def _delimiter(text: str, suffix: str) -> str:
+def _delimiter(text: TextIO, suffix: str) -> str:
     if suffix == ".tsv":
         return "\t"
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in text if line.strip()), "")
     return max(",;\t|", key=lambda candidate: (first.count(candidate), candidate == ","))
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from loraline.core.errors import LoralineError
 from loraline.datagen.convert.files import SourceFile
 from loraline.datagen.convert.problems import bad_location, bad_record
-from loraline.datagen.convert.readers import read_text
 from loraline.datagen.convert.shapes import Conversation
+from loraline.datagen.convert.text import open_text
 
 SPOKEN = re.compile(r"^\s*(?P<speaker>[^:：]{1,40}?)\s*[:：](?!//)\s*(?P<line>.*?)\s*$")
 NARRATION = re.compile(r"^\s*[(（\[【].*[)）\]】]\s*$")
@@ -45,7 +45,7 @@ def read_script(file: SourceFile, names: frozenset[str]) -> Iterator[tuple[int, 
         )  # fmt: skip
     exchange = _Exchange()
     spoken = answered = False
-    for number, text in enumerate(read_text(file).split("\n"), start=1):
+    for number, text in _lines(file):
         if not text.strip():
             if exchange.said and exchange.said[-1][0].lower() in names:
                 yield exchange.start, _conversation(exchange, names)
@@ -70,6 +70,11 @@ def read_script(file: SourceFile, names: frozenset[str]) -> Iterator[tuple[int, 
     if spoken and not answered:
         yield bad_record("CHARACTER_SILENT", file.name, 0, "the character says nothing in this script.",
                          "Check `character` and its aliases")  # fmt: skip
+
+
+def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
+    with open_text(file, "\n") as lines:
+        yield from enumerate((line.removesuffix("\n") for line in lines), start=1)
 
 
 def _conversation(exchange: _Exchange, names: frozenset[str]) -> Conversation:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from loraline.datagen.publish.split import validation_prompts
+from loraline.datagen.digest_set import DigestSet
+from loraline.datagen.publish.split import DIGEST_BYTES, validation_rows
 from loraline.datagen.rows import Row, prompt_digest, row_digest
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
@@ -72,42 +73,39 @@ class RowStatistics:
 
 
 class RowSpool:
-    """Rows on their way into a dataset. Memory grows with some tens of bytes a row; the texts go to disk."""
+    """Rows on their way into a dataset. Memory grows with some 32 bytes a row; the texts go to disk."""
 
     def __init__(self, folder: Path, *, drop_duplicates: bool):
         self._path = folder / "rows.jsonl"
         self._file: TextIO = self._path.open("w", encoding="utf-8", newline="\n")
         self._drop = drop_duplicates
-        self._seen: set[bytes] = set()
-        self._prompts: list[bytes] = []
+        self._seen = DigestSet()
+        self._prompts = bytearray()
         self.statistics = RowStatistics()
         self.outcomes: Counter[str] = Counter()
 
     def add(self, row: Row, source: str) -> bool:
         """Take a row in; False when it is left out as an exact duplicate."""
-        digest = row_digest(row.messages)
-        if self._drop:
-            if digest in self._seen:
-                self.outcomes["duplicate"] += 1
-                return False
-            self._seen.add(digest)
+        if self._drop and not self._seen.add(row_digest(row.messages)):
+            self.outcomes["duplicate"] += 1
+            return False
         self._file.write(row.to_line() + "\n")
-        self._prompts.append(prompt_digest(row.messages))
+        self._prompts += prompt_digest(row.messages)
         self.statistics.add(row, source)
         self.outcomes["accepted"] += 1
         return True
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._prompts) // DIGEST_BYTES
 
     def write(self, folder: Path, fraction: float, seed: int) -> tuple[int, int]:
         """Write train.jsonl and, unless empty, validation.jsonl into the folder; return their row counts."""
         self._file.close()
-        chosen = validation_prompts(self._prompts, fraction, seed)
+        validates = validation_rows(self._prompts, fraction, seed)
         counts = {TRAIN: 0, VALIDATION: 0}
         with _open_new(folder / TRAIN) as train, _open_new(folder / VALIDATION) as validation:
-            for line, prompt in zip(self._lines(), self._prompts, strict=True):
-                name, out = (VALIDATION, validation) if prompt in chosen else (TRAIN, train)
+            for line, chosen in zip(self._lines(), validates, strict=True):
+                name, out = (VALIDATION, validation) if chosen else (TRAIN, train)
                 out.write(line)
                 counts[name] += 1
             for out in (train, validation):

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, Literal
 
 from loraline.core.errors import LoralineError, failed_precondition
+from loraline.datagen.digest_set import DigestSet
 from loraline.datagen.rows import Row, conversation, row_digest
 from loraline.datagen.template.places import fill
 
@@ -138,7 +139,7 @@ class _Drawer:
         self._templates = _Draw([template.weight for template in settings.templates])
         self._spaces = _Draw([settings.combinations(template) for template in settings.templates])
         self._pools = {name: _Draw(pool.weights) for name, pool in settings.pools.items()}
-        self._seen: set[bytes] = set()
+        self._seen = DigestSet()
         self._rest: Iterator[tuple[int, dict[str, str]]] | None = None
 
     def next_row(self, row_format: TemplateFormat) -> tuple[int, list[dict[str, str]]] | None:
@@ -187,7 +188,8 @@ class _Drawer:
         written = row_digest(messages)
         if written in self._seen:
             return None
-        self._seen.update((key, written))
+        self._seen.add(key)
+        self._seen.add(written)
         return messages
 
     def _response(self, template: Template, values: Mapping[str, str], row_format: TemplateFormat) -> str:
