@@ -180,6 +180,8 @@ class Stopped(Exception):
 
 async def convert_work(platform, job, request):
     await platform.progress(job, 1, 1)
+    if request.source.subpath == "nobody":
+        raise ValueError("Nobody speaks in these files.")
     note = job_pb2.Note(severity=job_pb2.SEVERITY_WARNING, message="2 rows set aside \x1b[31m")
     await platform.event(job.name, note=note)
     files = {"train.jsonl": f"{request.source.subpath} {request.source.artifact.digest}".encode()}
@@ -192,8 +194,9 @@ async def convert_work(platform, job, request):
 
 
 async def tiny_work(platform, job, request):
-    for step in range(4):
-        await platform.progress(job, step + 1, 4)
+    slow = request.steps == 999
+    for step in range(100 if slow else 4):
+        await platform.progress(job, step + 1, 100 if slow else 4, 0.6 if slow else 0.01)
     files = {"config.json": b"{}", "model.safetensors": b"x" * 3_000_000, "empty.txt": b""}
     return artifact_pb2.ARTIFACT_KIND_MODEL, request.name or "tiny", files, (trainer_pb2.ModelResult(), "model")
 

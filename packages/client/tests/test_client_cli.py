@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -17,6 +19,7 @@ from loraline.client.cli import main as command
 from loraline.client.cli.commands.jobs import _what_happened
 from loraline.client.cli.lossplot import draw, smoothed
 from loraline.client.cli.output import clean, seconds_text, size_text
+from loraline.client.pipeline.stagejobs import StageJobs
 
 PROGRAM = [sys.executable, "-m", "loraline.client.cli.main"]
 
@@ -97,6 +100,52 @@ def test_a_dry_run_shows_the_stages_without_a_server(pipeline):
     stages = json.loads(done.output)
     assert [stage["stage"] for stage in stages][:2] == ["source:raw", "base_model"]
     assert stages[4]["needs"] == ["base_model", "dataset:dialogue", "dataset:settings"]
+
+
+def test_a_dry_run_tells_what_a_server_would_refuse(pipeline):
+    text = pipeline.read_text().replace("epochs: 3", "epochs: 3, lora_dropout: 3")
+    pipeline.write_text(text.replace("temperature: 0", "temperature: 9"))
+    done = call("run", str(pipeline), "--dry-run")
+    assert done.exit_code == 2, done.output
+    assert "A server would refuse 2 fields of what pipeline.yaml asks for." in done.output
+    for words in ("train: parameters.lora.dropout", "ask: sampling.temperature"):
+        assert words in done.output
+    as_json = json.loads(call("run", str(pipeline), "--dry-run", "--format", "json").output)
+    assert as_json["error"]["reason"] == "INVALID_REQUEST"
+
+
+def test_a_failing_stage_names_the_jobs_that_go_on(address, pipeline):
+    text = pipeline.read_text().replace("tokenizer_texts: raw", "tokenizer_texts: raw, steps: 999")
+    pipeline.write_text(text.replace("subpath: dialogue", "subpath: nobody"))
+    done = program("run", pipeline, address=address)
+    assert done.returncode == 1
+    assert "where: stage dataset:dialogue" in done.stderr
+    job = re.search(r"base_model: (\S+) goes on; .*jobs watch (\S+); .*jobs cancel (\S+)", done.stderr)
+    assert job is not None, done.stderr
+    assert job[1] == job[2] == job[3]
+    cancelled = program("jobs", "cancel", job[1], address=address)
+    assert "asked to cancel" in cancelled.stdout
+    told = json.loads(program("run", pipeline, "--format", "json", address=address).stderr)
+    assert "goes on" in told["error"]["other_stages"]["base_model"] or "failed too" in str(told)
+
+
+async def test_a_job_started_while_the_run_ends_is_still_named():
+    asked, reply = asyncio.Event(), asyncio.Event()
+
+    async def start(_: object) -> job_pb2.Job:
+        asked.set()
+        await reply.wait()
+        return job_pb2.Job(name="late")
+
+    jobs = StageJobs(None, "p", None)  # type: ignore[arg-type] - neither is asked
+    starting = asyncio.create_task(jobs._start("merge", start, job_pb2.Job()))
+    await asked.wait()
+    starting.cancel()
+    await asyncio.sleep(0)
+    reply.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert jobs.live == {"merge": "late"}
 
 
 def test_an_absent_server_is_told_with_the_remedy():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import grpc
 from rich.text import Text
@@ -67,10 +68,18 @@ def next_step(error: LoralineApiError) -> str:
     return _BY_REASON.get(error.reason, "")
 
 
-def tell(output: Output, error: LoralineApiError, *, where: str = "", then: str = "") -> None:
-    """Write an error block to standard error: what, where, remedy, next command."""
+def tell(
+    output: Output,
+    error: LoralineApiError,
+    *,
+    where: str = "",
+    then: str = "",
+    siblings: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write an error block to standard error: what, where, remedy, next command, and what became of sibling stages."""
     if output.json:
-        data = {"error": error.as_dict() | ({"where": where} if where else {}) | ({"next": then} if then else {})}
+        more = {"where": where, "next": then, "other_stages": dict(siblings)}
+        data = {"error": error.as_dict() | {name: value for name, value in more.items() if value}}
         sys.stderr.write(json.dumps(data, ensure_ascii=False) + "\n")
         return
     lines = [Text.assemble(("error: ", "bold red"), (clean(error.message), "red"))]
@@ -80,6 +89,7 @@ def tell(output: Output, error: LoralineApiError, *, where: str = "", then: str 
     for advice in (next_step(error), then):
         if advice:
             lines.append(Text.assemble(("  next: ", "cyan"), advice))
+    lines += [Text.assemble("  ", (f"{stage}: ", "bold"), clean(text)) for stage, text in siblings.items()]
     job = error.metadata.get("job", "")
     if job and job not in error.message + where + then:
         lines.append(Text(f"  job: {job}"))

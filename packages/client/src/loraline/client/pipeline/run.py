@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
@@ -22,11 +22,12 @@ from loraline.client.pipeline.stagejobs import StageJobs
 
 @dataclass
 class StageFailed(Exception):
-    """A stage that ended a run. `running` names jobs of other stages that go on."""
+    """A stage that ended a run. `running` names jobs of other stages that go on, `also` others that failed with it."""
 
     stage: str
     error: LoralineApiError
-    running: dict[str, str]
+    running: dict[str, str] = field(default_factory=dict)
+    also: dict[str, LoralineApiError] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.error}"
@@ -59,7 +60,11 @@ class PipelineRun:
                     waits = [tasks[name] for name in stage.needs]
                     tasks[stage.name] = group.create_task(self._stage(stage, waits))
         except* StageFailed as failures:
-            raise _first(failures) from None
+            first, *others = _all(failures)
+            # Only now are all siblings known: one may have been about to start when the first stage failed.
+            first.running = {stage: job for stage, job in self.live_jobs.items() if stage != first.stage}
+            first.also = {other.stage: other.error for other in others}
+            raise first from None
         outcomes = [self._outcomes[stage.name] for stage in stages]
         markers = self._spec.ask.markers if self._spec.ask is not None else ()
         return PipelineReport(self._spec.name, outcomes, self._answers, markers, time.monotonic() - started)
@@ -81,8 +86,7 @@ class PipelineRun:
         try:
             outcome = await actions[work](part)
         except LoralineApiError as error:
-            running = {name: job for name, job in self.live_jobs.items() if name != stage.name}
-            raise StageFailed(stage.name, error, running) from error
+            raise StageFailed(stage.name, error) from error
         self._outcomes[stage.name] = outcome
         self._observer.finished(outcome)
 
@@ -226,6 +230,9 @@ class PipelineRun:
         return StageOutcome("ask", seconds=time.monotonic() - started, detail=f"{count} answers")
 
 
-def _first(failures: BaseExceptionGroup[StageFailed]) -> StageFailed:
-    first = failures.exceptions[0]
-    return first if isinstance(first, StageFailed) else _first(first)
+def _all(failures: BaseExceptionGroup[StageFailed]) -> list[StageFailed]:
+    return [
+        failure
+        for entry in failures.exceptions
+        for failure in (_all(entry) if isinstance(entry, BaseExceptionGroup) else [entry])
+    ]

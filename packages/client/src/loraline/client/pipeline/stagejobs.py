@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -57,7 +58,7 @@ class StageJobs:
                 request.labels.update(pipeline=self._pipeline, stage=stage.replace(":", "."))  # type: ignore[attr-defined]
             if finish is not None:
                 finish(request)
-            job, after = await start(request), 0
+            job, after = await self._start(stage, start, request), 0
             self._observer.remark(stage, f"job {job.name}")
         else:
             job, how = await self._take_up(stage, found)
@@ -70,6 +71,16 @@ class StageJobs:
         if job.outputs:
             outcome.artifact = await self._client.artifacts.show(job.outputs[0])
         return outcome
+
+    async def _start(self, stage: str, start: Start, request: Message) -> job_pb2.Job:
+        """Start a job. A run that ends meanwhile waits for its name: nobody shall be left with a job unheard of."""
+        starting = asyncio.ensure_future(start(request))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            with contextlib.suppress(LoralineApiError):
+                self.live[stage] = (await starting).name
+            raise
 
     async def _find(self, server: str, identity: str) -> tuple[job_pb2.Job | None, int]:
         """Return the newest usable job of this identity, and how many succeeded ones have lost their artifacts."""

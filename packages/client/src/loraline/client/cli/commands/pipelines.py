@@ -31,7 +31,7 @@ def register(app: App) -> None:
 def run(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline file.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the file and show the stages; ask no server.")
+        bool, typer.Option("--dry-run", help="Check the file and every request it would make; ask no server.")
     ] = False,
 ) -> None:
     """Run a pipeline file: data, base model, training, merge, serving, questions.
@@ -49,7 +49,11 @@ def run(
     spec = read_pipeline(pipeline)
     called = invocation()
     if dry_run:
-        _tell_plan(called.output, spec)
+        # Here, for every other command starts sooner without the validator.
+        from loraline.client.pipeline.rehearsal import rehearse
+
+        count = asyncio.run(rehearse(spec))
+        _tell_plan(called.output, spec, count)
         return
     report = execute(called, spec)
     checks = report.checks()
@@ -89,12 +93,13 @@ def execute(called: Invocation, spec: PipelineSpec) -> PipelineReport:
         raise CommandFailed(INTERRUPTED) from None
 
 
-def _tell_plan(output: Output, spec: PipelineSpec) -> None:
+def _tell_plan(output: Output, spec: PipelineSpec, requests: int) -> None:
     stages = plan(spec)
     if output.json:
         output.data([{"stage": stage.name, "what": stage.what, "needs": list(stage.needs)} for stage in stages])
         return
     output.table(["stage", "does", "after"], [[stage.name, stage.what, ", ".join(stage.needs)] for stage in stages])
+    output.say(f"all {requests} requests keep the rules of the API; no server was asked")
 
 
 def _tell_failure(output: Output, spec: PipelineSpec, failure: StageFailed) -> None:
@@ -102,9 +107,13 @@ def _tell_failure(output: Output, spec: PipelineSpec, failure: StageFailed) -> N
     then = f"loraline run {spec.file}   (goes on where it stopped)"
     if isinstance(error, JobNotSuccessful):
         then = f"{next_for(error.job)}, or once more: loraline run {spec.file}"
-    tell(output, error, where=f"stage {failure.stage} of {spec.file}", then="" if error.unreachable else then)
-    for stage, job in failure.running.items():
-        output.say(f"  {stage} goes on: loraline jobs watch {job}")
+    siblings = {
+        stage: f"{job} goes on; follow it: loraline jobs watch {job}; stop it: loraline jobs cancel {job}"
+        for stage, job in failure.running.items()
+    }
+    siblings |= {stage: f"failed too: {other.message}" for stage, other in failure.also.items()}
+    where = f"stage {failure.stage} of {spec.file}"
+    tell(output, error, where=where, then="" if error.unreachable else then, siblings=siblings)
 
 
 def _tell_detached(output: Output, spec: PipelineSpec, live: dict[str, str]) -> None:
