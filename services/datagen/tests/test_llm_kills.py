@@ -1,4 +1,4 @@
-"""A short run of the endurance test: killed at random moments, no accepted row is lost and no recorded call repeated."""
+"""A short endurance test: killed at random moments, no accepted row is lost and no recorded call repeated."""
 
 from __future__ import annotations
 

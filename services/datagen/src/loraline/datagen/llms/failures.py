@@ -55,11 +55,9 @@ def failure_of(status: int, headers: Mapping[str, str], body: Any, endpoint: End
     error = error_of(body)
     said = str(error.get("message") or error.get("detail") or error.get("code") or f"HTTP {status}")[:300].strip()
     if status < 400:
-        return (
-            Overloaded(said)
-            if error and "choices" not in error
-            else no_endpoint(endpoint, "it answers without choices")
-        )
+        whole = body[0] if isinstance(body, list) and body else body
+        told = isinstance(whole, Mapping) and whole.get("error")
+        return Overloaded(said) if told else no_endpoint(endpoint, "its answer holds no choices")
     if status in (400, 413, 422):
         words = f"{said} {error.get('code', '')} {error.get('innererror', '')}".lower()
         return Filtered(said) if any(word in words for word in FILTERED) else BadRequest(said)

@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
         self._headers: dict[str, str] = {}
         self._pieces: list[bytes] = []
         self._size = 0
-        self._any = False
+        self._any = self._headed = False
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -212,7 +212,7 @@ class _Connection(asyncio.Protocol):
         if self._answer is None or self._answer.done():
             return
         told_length = "content-length" in self._headers or "transfer-encoding" in self._headers
-        if exc is None and self._headers and not told_length:
+        if exc is None and self._headed and not told_length:
             self._finish()  # An answer may end with the connection when it told no length.
         elif not self._any and exc is None:
             self._answer.set_exception(_Stale())
@@ -223,6 +223,9 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._headed = self._parser.get_status_code() >= 200
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
