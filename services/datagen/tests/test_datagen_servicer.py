@@ -259,3 +259,60 @@ async def test_check_reports_with_row_numbers_and_fixes_into_a_new_version(runni
     assert result.passed
     assert not result.HasField("fixed")
     shutil.rmtree(folder)
+
+
+def word_level(folder: Path) -> Path:
+    folder.mkdir()
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "normalizer": None,
+                 "post_processor": None, "decoder": None, "truncation": None, "padding": None,
+                 "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+async def test_the_gate_refuses_publication_and_leaves_its_report(running: Running, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "좋아요" if n else "word " * 60} for n in range(3)]
+    (running.root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = running.library.publish(artifact_pb2.ARTIFACT_KIND_MODEL, "base", word_level(tmp_path / "model")).ref
+    source = datagen_pb2.ConvertSource(path=str(running.root))
+    gate = datagen_pb2.QualityGate(
+        base_model=artifact_pb2.ArtifactRef(kind=model.kind, name="base"), max_length=40, language="ko",
+        max_response_characters=100, allow_codes=["UNKNOWN_CHARACTERS"], refuse_codes=["ROW_TRUNCATED"],
+    )  # fmt: skip
+    request = datagen_pb2.ConvertDatasetRequest(name="gated", source=source, gate=gate)
+    request.split.validation_fraction = 0
+    job = await running.finished((await running.datagen.ConvertDataset(request)).job.name)
+    assert (job.state, reason_of(job.error)) == (job_pb2.JOB_STATE_FAILED, "ROW_TRUNCATED")
+    assert "report/gated:v1" in job.error.message
+    assert [ref.name for ref in job.inputs] == ["base"]
+    assert running.library.list(kind=artifact_pb2.ARTIFACT_KIND_DATASET)[0] == []
+    (report,) = running.library.list(kind=artifact_pb2.ARTIFACT_KIND_REPORT)[0]
+    told = json.loads((running.library.fetch(report.ref) / "report.json").read_text())
+    found = {finding["code"]: finding["examples"][0]["source"] for finding in told["findings"] if finding["examples"]}
+    assert {code: found[code] for code in ("ROW_TRUNCATED", "WRONG_LANGUAGE", "ANSWER_TOO_LONG")} == {
+        "ROW_TRUNCATED": "a.jsonl:1", "WRONG_LANGUAGE": "a.jsonl:1", "ANSWER_TOO_LONG": "a.jsonl:1",
+    }  # fmt: skip
+    request.gate.ClearField("refuse_codes")
+    request.gate.allow_codes.extend(["WRONG_LANGUAGE", "ANSWER_TOO_LONG"])
+    result = result_of(await running.finished((await running.datagen.ConvertDataset(request)).job.name))
+    assert {"ROW_TRUNCATED", "WRONG_LANGUAGE"} <= {finding.code for finding in result.findings}
+    folder = running.library.fetch(result.dataset)
+    assert json.loads((folder / "report.json").read_text())["passed"] is True
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    request.gate.base_model.name = "raw"
+    running.library.publish(artifact_pb2.ARTIFACT_KIND_MODEL, "raw", running.root)
+    assert (await refused(running.datagen.ConvertDataset(request)))[1] == "TOKENIZER_UNUSABLE"
+
+
+async def test_sources_of_two_kinds_make_one_dataset(running: Running, persona: Path) -> None:
+    request = datagen_pb2.GenerateDatasetRequest(name="mix", split=datagen_pb2.Split(seed=7, validation_fraction=0.1))
+    request.sources.add(name="facts", convert=convert(running.upload(persona), subpath="settings"))
+    request.sources.add(name="said", convert=convert(running.upload(persona), subpath="dialogue/letters.jsonl"))
+    request.sources.add(name="numbers", template=template(20))
+    request.sources[2].template.kind = "feedback"
+    result = result_of(await running.finished((await running.datagen.GenerateDataset(request)).job.name))
+    assert dict(result.rows_by_kind) == {"settings_qa": 52, "background": 30, "dialogue": 63, "feedback": 20}
+    card = json.loads((running.library.fetch(result.dataset) / "data_card.json").read_text())
+    assert card["rows_by_source"] == {"facts": 82, "said": 63, "numbers": 20}
+    assert card["rows_by_format"] == {"text": 145, "newline": 20}

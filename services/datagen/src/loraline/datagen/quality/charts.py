@@ -29,7 +29,7 @@ def columns(title: str, lengths: Mapping[str, Any]) -> str:
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {len(histogram)} 100" preserveAspectRatio="none" role="img" aria-label="{escape(told)}">'
         f'{"".join(drawn)}</svg><div class="axis"><span>{histogram[0]["from"]:,}</span>'
-        f"<span>{_last(histogram[-1], lengths['max'])}</span></div><p class=\"soft\">{told}</p></figure>"
+        f'<span>{_last(histogram[-1], lengths["max"])}</span></div><p class="soft">{told}</p></figure>'
     )
 
 

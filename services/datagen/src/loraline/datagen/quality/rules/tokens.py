@@ -9,21 +9,20 @@ from typing import Any
 from loraline.datagen.quality.findings import Finding
 from loraline.datagen.quality.rules.rule import Faults, Rule, of_rows
 from loraline.datagen.quality.seen import LineIndex, SeenRow
-from loraline.datagen.quality.tally import FirstRows
+from loraline.datagen.quality.tally import Frequent
 
 BATCH = 128
 TURN_TOKENS = 5
 """What a chat template of the usual form (ChatML) adds to each turn: begin mark, role, line end, end mark, line end."""
 SOUP_SHARE = 0.05
 CHARACTERS_TOLD = 12
-_WORD_BEGIN = frozenset({"▁", "Ġ"})
 
 
 class TokensRule(Rule):
     """Lengths in tokens, truncation at max_length, unknown characters and letters written byte by byte.
 
     Lengths are those of the turns plus five tokens each for the chat template, an estimate within a few tokens of
-    the trainer's own count. A letter is soup when the tokenizer needs two tokens or more for it alone.
+    the trainer's own count. A letter is soup where the tokenizer needs two tokens or more for it.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -31,11 +30,10 @@ class TokensRule(Rule):
         self._unknown = getattr(tokenizer.model, "unk_token", None)
         self._waiting: list[SeenRow] = []
         self._lengths: Counter[int] = Counter()
-        self._characters: Counter[str] = Counter()
-        self._first: dict[str, FirstRows] = {}
+        self._odd = {"UNKNOWN_CHARACTERS": Frequent(), "BYTE_SOUP": Frequent()}
+        self._letters = 0
         self._faults = Faults()
         self._lost = self._longest = 0
-        self._soup: list[str] = []
 
     def see(self, row: SeenRow) -> None:
         """Take one row in; rows are read by the tokenizer in batches."""
@@ -45,12 +43,18 @@ class TokensRule(Rule):
 
     def _read(self) -> None:
         texts = [message["content"] for row in self._waiting for message in row.messages]
-        lengths = iter([len(found) for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)])
+        encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         for row in self._waiting:
-            counts = [(message["role"], next(lengths) + TURN_TOKENS) for message in row.messages]
-            self._measure(row.number, counts)
+            counts: list[tuple[str, int]] = []
+            odd: set[str] = set()
             for message in row.messages:
-                self._count_characters(message["content"], row.number)
+                found = next(encoded)
+                counts.append((message["role"], len(found) + TURN_TOKENS))
+                if not message["content"].isascii():
+                    odd |= self._see_characters(message["content"], found, row.number)
+            self._measure(row.number, counts)
+            for code in odd:
+                self._faults.add(code, row.number)
         self._waiting.clear()
 
     def _measure(self, number: int, counts: list[tuple[str, int]]) -> None:
@@ -67,13 +71,22 @@ class TokensRule(Rule):
         self._lost += length - self._max_length
         self._faults.add("ANSWER_CUT_AWAY" if before >= self._max_length else "ROW_TRUNCATED", number)
 
-    def _count_characters(self, text: str, number: int) -> None:
-        for character, count in Counter(text).items():
-            if not character.isascii():
-                self._characters[character] += count
-                first = self._first.setdefault(character, FirstRows())
-                if first.count < 3:
-                    first.add(number)
+    def _see_characters(self, text: str, encoded: Any, number: int) -> set[str]:
+        """Count characters without a token of their own; return the codes of what was found."""
+        found: set[str] = set()
+        self._letters += sum(char.isalpha() for char in text if char > "\x7f")
+        before = told = (-1, -1)
+        for token, span in zip(encoded.tokens, encoded.offsets, strict=True):
+            if token == self._unknown:
+                found.add("UNKNOWN_CHARACTERS")
+                for char in text[span[0] : span[1]]:
+                    self._odd["UNKNOWN_CHARACTERS"].add(char, number)
+            elif span == before and span != told and span[1] - span[0] == 1 and text[span[0]].isalpha():
+                self._odd["BYTE_SOUP"].add(text[span[0]], number)
+                told = span
+                found.add("BYTE_SOUP")
+            before = span
+        return found
 
     def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
         """Yield truncation, unknown characters and soup."""
@@ -89,36 +102,19 @@ class TokensRule(Rule):
             rows = self._faults.rows(code)
             if rows.count:
                 yield of_rows(code, rows, total, what + cut)
-        yield from self._odd_characters()
+        yield from self._odd_characters(total)
 
-    def _odd_characters(self) -> Iterator[Finding]:
-        characters = sorted(self._characters)
-        unknown: list[str] = []
-        for character, found in zip(characters, self._encoded(characters), strict=True):
-            if self._unknown in found:
-                unknown.append(character)
-            elif len(found) > 1 and character.isalpha():
-                self._soup.append(character)
-        if unknown:
-            yield self._about("UNKNOWN_CHARACTERS", unknown, "the tokenizer does not know")
-        letters = sum(count for character, count in self._characters.items() if character.isalpha())
-        soup = sum(self._characters[character] for character in self._soup)
-        if soup and soup >= SOUP_SHARE * letters:
-            share = f"the tokenizer writes byte by byte ({100 * soup / letters:.0f} % of the letters beyond ASCII)"
-            yield self._about("BYTE_SOUP", self._soup, share)
-
-    def _encoded(self, characters: list[str]) -> Iterator[list[str]]:
-        """Yield each character's tokens, without the mark of a word's begin that some tokenizers put first."""
-        for begin in range(0, len(characters), 1024):
-            batch = characters[begin : begin + 1024]
-            for found in self._tokenizer.encode_batch(batch, add_special_tokens=False):
-                yield [token for token in found.tokens if token not in _WORD_BEGIN]
-
-    def _about(self, code: str, characters: list[str], what: str) -> Finding:
-        often = sorted(characters, key=lambda character: (-self._characters[character], character))[:CHARACTERS_TOLD]
-        shown = " ".join(f"{c} ({self._characters[c]} times)" for c in often)
-        numbers = sorted({number for character in often for number in self._first[character].numbers})
-        return Finding(code, f"{len(characters)} characters that {what}: {shown}.", len(numbers), numbers=numbers)
+    def _odd_characters(self, total: int) -> Iterator[Finding]:
+        for code, what in (
+            ("UNKNOWN_CHARACTERS", "characters that the tokenizer does not know"),
+            ("BYTE_SOUP", "letters that the tokenizer writes byte by byte"),
+        ):
+            rows, odd = self._faults.rows(code), self._odd[code]
+            if rows.count and (code != "BYTE_SOUP" or odd.total >= SOUP_SHARE * self._letters):
+                often = " ".join(f"{char} ({times.count})" for char, times in odd.top(CHARACTERS_TOLD))
+                yield of_rows(
+                    code, rows, total, f"{what}, {odd.total} of {self._letters} beyond ASCII; mostly {often}."
+                )
 
     def figures(self) -> dict[str, Any]:
         """Return the lengths in tokens."""
