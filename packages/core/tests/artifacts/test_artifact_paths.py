@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_DATASET, UploadHeader
+from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_DATASET, ARTIFACT_KIND_SOURCE, UploadHeader
 from loraline.core.artifacts import local, s3_transfer
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.manifest import check_path
@@ -33,7 +33,7 @@ from loraline.core.db.schema import artifacts
 from loraline.core.errors import LoralineError
 from loraline.core.testing.servers import S3Server
 
-DATASET = ARTIFACT_KIND_DATASET
+DATASET, SOURCE = ARTIFACT_KIND_DATASET, ARTIFACT_KIND_SOURCE
 
 
 def refused(call: Callable[[], object]) -> LoralineError:
@@ -177,7 +177,7 @@ def test_uploads_refuse_paths_and_clean_up(local_place: Any) -> None:
     parent = local_place.library.upload_dir
 
     def upload(*chunks: tuple[str, bytes]) -> Any:
-        running = Upload(parent, UploadHeader(kind=DATASET, name="up"))
+        running = Upload(parent, UploadHeader(kind=SOURCE, name="up"))
         try:
             for path, data in chunks:
                 running.add(path, data)
@@ -198,7 +198,7 @@ def test_uploads_refuse_paths_and_clean_up(local_place: Any) -> None:
     ):
         assert refused(lambda chunks=chunks: upload(*chunks)).reason == reason
     assert list(parent.iterdir()) == []
-    abandoned = Upload(parent, UploadHeader(kind=DATASET, name="up"))
+    abandoned = Upload(parent, UploadHeader(kind=SOURCE, name="up"))
     abandoned.add("a", b"1")
     local_place.library.collect_garbage(3600)
     assert len(list(parent.iterdir())) == 1

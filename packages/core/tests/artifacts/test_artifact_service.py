@@ -14,7 +14,7 @@ from loraline.api.artifact.v1 import artifact_pb2_grpc
 from loraline.core.artifacts.service import ArtifactService
 from loraline.core.errors import LoralineError
 
-DATASET = pb.ARTIFACT_KIND_DATASET
+SOURCE = pb.ARTIFACT_KIND_SOURCE
 
 
 class _Errors(grpc.aio.ServerInterceptor):
@@ -59,7 +59,7 @@ async def stub(place: Any) -> AsyncIterator[Any]:
 
 
 def parts(*files: tuple[str, bytes], name: str = "up") -> list[pb.UploadArtifactRequest]:
-    header = pb.UploadHeader(kind=DATASET, name=name)
+    header = pb.UploadHeader(kind=SOURCE, name=name)
     header.facts.update({"rows": 2})
     chunks = [pb.UploadArtifactRequest(chunk=pb.FileChunk(path=path, data=data)) for path, data in files]
     return [pb.UploadArtifactRequest(header=header), *chunks]
@@ -125,14 +125,14 @@ async def test_aliases_and_deletion(stub: Any) -> None:
     ref = (await stub.UploadArtifact(iter(parts(("a", b"1"))))).artifact.ref
     change = (await stub.SetAlias(pb.SetAliasRequest(ref=ref, alias="production"))).change
     assert (change.from_version, change.to_version) == (0, 1)
-    by_alias = pb.ArtifactRef(kind=DATASET, name="up", alias="production")
+    by_alias = pb.ArtifactRef(kind=SOURCE, name="up", alias="production")
     assert (await stub.GetArtifact(pb.GetArtifactRequest(ref=by_alias))).artifact.ref == ref
     error = await refused(stub.DeleteArtifact(pb.DeleteArtifactRequest(ref=ref)))
     assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
-    await stub.DeleteAlias(pb.DeleteAliasRequest(kind=DATASET, name="up", alias="production"))
-    changes = (await stub.ListAliasChanges(pb.ListAliasChangesRequest(kind=DATASET, name="up"))).changes
+    await stub.DeleteAlias(pb.DeleteAliasRequest(kind=SOURCE, name="up", alias="production"))
+    changes = (await stub.ListAliasChanges(pb.ListAliasChangesRequest(kind=SOURCE, name="up"))).changes
     assert [(c.from_version, c.to_version) for c in changes] == [(1, 0), (0, 1)]
-    error = await refused(stub.DeleteArtifact(pb.DeleteArtifactRequest(ref=pb.ArtifactRef(kind=DATASET, name="up"))))
+    error = await refused(stub.DeleteArtifact(pb.DeleteArtifactRequest(ref=pb.ArtifactRef(kind=SOURCE, name="up"))))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     await stub.DeleteArtifact(pb.DeleteArtifactRequest(ref=ref))
     assert (await refused(stub.GetArtifact(pb.GetArtifactRequest(ref=ref)))).code() == grpc.StatusCode.NOT_FOUND

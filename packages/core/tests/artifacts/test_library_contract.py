@@ -215,6 +215,33 @@ def test_unchanged_files_are_copied_inside_the_store(place: Any, monkeypatch: py
     assert place.open().verify(second.ref) == len(BIG) + 4
 
 
+def test_a_changed_file_of_equal_size_is_hashed_once(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = place.folder(big=BIG, card=b"one")
+    place.library.publish(DATASET, "d", source)
+    (source / "big").write_bytes(flip(BIG))
+    (source / "card").write_bytes(b"two")
+    planned: list[Any] = []
+    write = place.library.store.write
+
+    def watched(prefix: str, files: Any, advance: Any) -> Any:
+        planned.extend(files)
+        return write(prefix, files, advance)
+
+    monkeypatch.setattr(place.library.store, "write", watched)
+    second = place.library.publish(DATASET, "d", source)
+    assert all(type(item.hasher()).__name__ == "_Known" for item in planned)  # nothing takes the bytes again
+    assert place.open().verify(second.ref) == len(BIG) + 3
+
+    def late(prefix: str, files: Any, advance: Any) -> Any:
+        (source / "card").write_bytes(b"4444")
+        (source / "card").write_bytes(b"for")
+        return write(prefix, files, advance)
+
+    (source / "card").write_bytes(b"thr")
+    monkeypatch.setattr(place.library.store, "write", late)
+    assert refused(lambda: place.library.publish(DATASET, "d", source)).reason == "SOURCE_CHANGED"
+
+
 def test_guard_that_refuses(place: Any) -> None:
     calls: list[int] = []
 

@@ -12,7 +12,7 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import AliasChange, ArtifactRef
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.core.artifacts.library import ArtifactLibrary
-from loraline.core.artifacts.refs import format_ref, parse_ref
+from loraline.core.artifacts.refs import check_new_alias, format_ref, parse_ref
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.inference.adapters.names import AdapterNames, adapter_ref
@@ -158,6 +158,7 @@ class ModelHost:
 
     async def set_alias(self, ref: ArtifactRef, alias: str, actor: str) -> tuple[ServedAdapter, AliasChange]:
         """Load and prove an adapter, then move the alias to it."""
+        check_new_alias(alias)
         adapter = await self.load_adapter(ref)
         change = await asyncio.to_thread(self._library.set_alias, adapter.ref, alias, actor)
         self._names.forget()

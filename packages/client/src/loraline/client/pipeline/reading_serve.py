@@ -35,6 +35,8 @@ def read_serve(node: Node) -> ServeSpec:
     alias = entries["alias"].text() if "alias" in entries else "production"
     if alias and not _ALIAS.fullmatch(alias):
         entries["alias"].fault("must be lower-case letters, digits, `-`, `_` and `.`, starting with a letter.")
+    if re.fullmatch(r"v[0-9]+|latest", alias):
+        entries["alias"].fault("would be read as a version; choose another word, such as production.")
     return ServeSpec(merged=merged, adapter=adapter, alias=alias)
 
 

@@ -17,7 +17,7 @@ from loraline.core.artifacts import aliases, catalog
 from loraline.core.artifacts.local import LocalStore
 from loraline.core.artifacts.manifest import FileEntry, Manifest, plain
 from loraline.core.artifacts.publishing import Publication
-from loraline.core.artifacts.refs import check_alias, check_kind, check_name, check_ref, format_ref, prefix_of
+from loraline.core.artifacts.refs import check_kind, check_name, check_new_alias, check_ref, format_ref, prefix_of
 from loraline.core.artifacts.store import BlobStore, damaged
 from loraline.core.artifacts.uploads import sweep_uploads
 from loraline.core.artifacts.uses import check_unused
@@ -220,7 +220,7 @@ class ArtifactLibrary:
     def set_alias(self, ref: ArtifactRef, alias: str, actor: str = "") -> AliasChange:
         """Point an alias at a version, in one transaction with its history."""
         check_ref(ref)
-        check_alias(alias)
+        check_new_alias(alias)
         with self.database.begin() as connection:
             return aliases.move(connection, catalog.find(connection, ref, lock=True), alias, actor)
 

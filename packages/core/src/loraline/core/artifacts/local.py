@@ -17,7 +17,7 @@ import grpc
 
 from loraline.core.artifacts.hashing import PIECE, VerifiedFiles, in_parallel, read_into
 from loraline.core.artifacts.manifest import MANIFEST, FileEntry
-from loraline.core.artifacts.store import Advance, PlannedFile, damaged, disk_errors, source_changed
+from loraline.core.artifacts.store import Advance, PlannedFile, damaged, disk_errors
 from loraline.core.errors import LoralineError
 
 
@@ -154,8 +154,8 @@ class LocalStore:
 
 
 def _copy(planned: PlannedFile, target: Path, advance: Advance) -> FileEntry:
-    """Copy with one reading, hash on the way, flush to the disk."""
-    hasher = hashlib.sha256()
+    """Copy with one reading, hash on the way unless that was done, flush to the disk."""
+    hasher = planned.hasher()
     source = os.open(planned.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with target.open("xb", buffering=0) as file:
@@ -168,8 +168,7 @@ def _copy(planned: PlannedFile, target: Path, advance: Advance) -> FileEntry:
 
             size = read_into(source, hasher, each)
             os.fsync(file.fileno())
+        planned.check_unchanged(source, size)
     finally:
         os.close(source)
-    if size != planned.size:
-        raise source_changed(planned.path)
     return FileEntry(planned.path, size, hasher.hexdigest())

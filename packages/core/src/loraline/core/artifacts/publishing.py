@@ -18,7 +18,7 @@ from loraline.core.artifacts import catalog
 from loraline.core.artifacts.hashing import in_parallel, sha256_file
 from loraline.core.artifacts.manifest import FileEntry, Manifest, digest_of, scan_folder
 from loraline.core.artifacts.refs import prefix_of
-from loraline.core.artifacts.store import BlobStore, PlannedFile
+from loraline.core.artifacts.store import BlobStore, PlannedFile, mark_of
 from loraline.core.db.database import Database
 
 HEARTBEAT_SECONDS = 15.0
@@ -69,9 +69,11 @@ class Publication:
             path, source, size = item
             if size not in sizes:
                 return PlannedFile(path, source, size)
-            entry = known.get(sha256_file(source)[0])
+            mark = mark_of(source.stat())
+            digest, _ = sha256_file(source)
+            entry = known.get(digest)
             if entry is None or entry.size != size:
-                return PlannedFile(path, source, size)
+                return PlannedFile(path, source, size, known=(mark, digest))
             self._advance(size)
             return PlannedFile(path, source, size, (prefix, entry))
 

@@ -23,6 +23,7 @@ KINDS_BY_NAME: dict[str, ArtifactKind.ValueType] = {
 }
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION_LIKE = re.compile(r"v[0-9]+|latest")
 _ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _REF = re.compile(
@@ -80,6 +81,15 @@ def check_alias(alias: str) -> str:
     if _ALIAS.fullmatch(alias) is None:
         rule = "lower-case letters, digits, '-', '_' and '.', starting with a letter, at most 64"
         raise invalid_argument("ALIAS_INVALID", f"{alias[:80]!r} can't be an alias: use {rule}.", alias=rule)
+    return alias
+
+
+def check_new_alias(alias: str) -> str:
+    """Return the alias, or raise INVALID_ARGUMENT also for one that people would take for a version."""
+    if _VERSION_LIKE.fullmatch(check_alias(alias)):
+        form = "without `@…` a reference means the latest" if alias == "latest" else f"versions are written `:{alias}`"
+        message = f"{alias!r} can't be an alias: people would read it as a version, and {form}. Choose another word."
+        raise invalid_argument("ALIAS_INVALID", message, alias=message)
     return alias
 
 

@@ -87,18 +87,20 @@ class Transfer:
             data = _fill(source, buffer)
             if len(data) != planned.size or os.read(source, 1):
                 raise source_changed(planned.path)
-            digest = hashlib.sha256(data).hexdigest()
+            planned.check_unchanged(source, len(data))
+            hasher = planned.hasher()
+            hasher.update(data)
             self._check_going_on()
             self.client._put_object(self.bucket, key, data, headers={})  # type: ignore[arg-type]
             self.advance(len(data))
-            return FileEntry(planned.path, len(data), digest)
+            return FileEntry(planned.path, len(data), hasher.hexdigest())
         finally:
             self.buffers.give(buffer)
 
     def _upload_parts(self, key: str, planned: PlannedFile, source: int) -> FileEntry:
         upload = self.client._create_multipart_upload(self.bucket, key, {})
         sent: list[Future[Part]] = []
-        hasher, total = hashlib.sha256(), 0
+        hasher, total = planned.hasher(), 0
         part_size = -(-planned.size // _MAX_PARTS)
         try:
             while True:
@@ -116,8 +118,7 @@ class Transfer:
                     if done.done():
                         done.result()
             parts = [future.result() for future in sent]
-            if total != planned.size:
-                raise source_changed(planned.path)
+            planned.check_unchanged(source, total)
             self.client._complete_multipart_upload(self.bucket, key, upload, parts)
         except BaseException:
             # Not cancelled but told to stop: each must still return its buffer.

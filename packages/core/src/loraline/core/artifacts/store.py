@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,51 @@ class PlannedFile:
     size: int
     same_as: tuple[str, FileEntry] | None = None
     """Prefix and entry of an earlier version's file with the same content, which may be copied inside the store."""
+    known: tuple[FileMark, str] | None = None
+    """The file's mark before it was hashed, and the SHA-256 found: while the mark holds, nobody hashes it again."""
+
+    def hasher(self) -> Hasher:
+        """Return what takes the file's bytes and gives their SHA-256 in hex."""
+        return hashlib.sha256() if self.known is None else _Known(self.known[1])
+
+    def check_unchanged(self, descriptor: int, size: int) -> None:
+        """Raise SOURCE_CHANGED when the open file, of which so many bytes were read, is not the one of the plan."""
+        if size != self.size or (self.known is not None and mark_of(os.fstat(descriptor)) != self.known[0]):
+            raise source_changed(self.path)
+
+
+class Hasher(Protocol):
+    """What hashlib's objects can do, as far as it is used here."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take bytes."""
+        ...
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of all bytes so far, in hex."""
+        ...
+
+
+class _Known:
+    """A hash that was taken before."""
+
+    def __init__(self, digest: str):
+        self._digest = digest
+
+    def update(self, data: memoryview, /) -> None:
+        """Leave the bytes alone."""
+
+    def hexdigest(self) -> str:
+        """Return what was found then."""
+        return self._digest
+
+
+FileMark = tuple[int, int, int]
+
+
+def mark_of(status: os.stat_result) -> FileMark:
+    """Return what changes with a file's content: size, time of change and inode."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class BlobStore(Protocol):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.json_format import MessageToDict
 
 from loraline.api.artifact.v1.artifact_pb2 import UploadHeader
+from loraline.core.artifacts.content import check_content
 from loraline.core.artifacts.manifest import check_path
 from loraline.core.artifacts.refs import check_kind, check_name
 from loraline.core.artifacts.store import disk_errors
@@ -76,8 +77,10 @@ class Upload:
         self._path = path
 
     def publish(self, library: ArtifactLibrary) -> Published:
-        """Publish what was collected."""
+        """Publish what was collected; INVALID_ARGUMENT when that is not of the kind."""
         self._close()
+        if self._seen:
+            check_content(self._kind, self._folder)
         return library.publish_folder(self._kind, self._name, self._folder, facts=self._facts)
 
     def discard(self) -> None:

@@ -15,6 +15,7 @@ from loraline.core.jobs.handlers import JobPaused
 from loraline.core.jobs.model import CANCELLED, FAILED, PAUSED, QUEUED, JobEnd, warning
 from loraline.core.jobs.payload import settings_secrets
 from loraline.core.jobs.redact import redact
+from loraline.core.private_paths import hide_folder, told_to_callers
 
 _MEMORY_KNOBS = (
     "Lower the batch size, sequence length or context length of the request, run fewer jobs at a time "
@@ -80,7 +81,8 @@ def paused(pause: JobPaused) -> JobEnd:
 
 def failed(error: BaseException, settings: CoreSettings) -> JobEnd:
     """Return how an attempt ends whose handler raised, with secrets taken out of what it says."""
-    status = failure(error).to_status()
+    hide_folder(settings.data_dir, "$LORALINE_DATA_DIR")
+    status = told_to_callers(failure(error)).to_status()
     status.message = redact(status.message, settings_secrets(settings))
     return JobEnd(FAILED, error=status)
 

@@ -17,6 +17,7 @@ from loraline.core.jobs.queue import JobQueue
 from loraline.core.jobs.runner import JobRunner
 from loraline.core.jobs.service import JobService
 from loraline.core.jobs.sql_table import open_table
+from loraline.core.private_paths import hide_folder
 from loraline.core.serving.component import Component, Platform
 from loraline.core.serving.live import TRAINING_KIND, JobTableMetrics, LiveRuns
 from loraline.core.serving.metrics import ArtifactMetrics, JobMetrics
@@ -32,6 +33,7 @@ def open_platform(settings: CoreSettings) -> Platform:
     Raises LoralineError (DATA_DIR_UNUSABLE, DATABASE_…, STORE_…) naming the setting to change.
     """
     make_data_dir(settings.data_dir)
+    hide_folder(settings.data_dir, "$LORALINE_DATA_DIR")
     database = Database(settings.database_url)
     try:
         database.migrate()

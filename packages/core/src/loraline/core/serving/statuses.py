@@ -15,6 +15,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from loraline.core.errors import LoralineError, resource_exhausted, unavailable
+from loraline.core.private_paths import told_to_callers
 
 _TRAILER_BYTES = 6500
 """gRPC peers refuse trailers above 8 KiB; the rest is room for the other headers."""
@@ -25,7 +26,7 @@ log = structlog.get_logger("loraline.grpc")
 def as_error(exception: BaseException, method: str) -> LoralineError:
     """Return the error that the caller shall see; what callers must not see goes to the log under an error id."""
     if isinstance(exception, LoralineError):
-        return exception
+        return told_to_callers(exception)
     if isinstance(exception, _DATABASE_ERRORS):
         log.error("database failed", method=method, error=str(exception))
         text = "The server's database does not answer. Try again; /healthz and the server's log say more."

@@ -19,6 +19,9 @@ _PATTERNS = {
         "must be 1 to 64 lower-case letters, digits, `-`, `_` or `.`, starting with a letter or digit"
     ),
     "^[a-z][a-z0-9._-]{0,63}$": ("must be 1 to 64 lower-case letters, digits, `-`, `_` or `.`, starting with a letter"),
+    "^[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*(/[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*)?$": (
+        "must be a Hub id such as `org/name`: letters, digits, `-`, `_`, and single dots between them"
+    ),
     "^(sha256:[0-9a-f]{64})?$": "must be `sha256:` and 64 hex digits, or empty",
 }
 _COMPARISONS = {"lt": "less than", "lte": "at most", "gt": "more than", "gte": "at least"}

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from loraline.core.errors import LoralineError
+from loraline.core.private_paths import told_to_callers
 from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
 from loraline.inference.http import errors
@@ -128,7 +129,7 @@ class _Routes:
         except LoralineError as error:
             if not begun:
                 raise
-            yield event(errors.error_body(error))
+            yield event(errors.error_body(told_to_callers(error)))
 
 
 def _entry(name: str, loaded: datetime, parent: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from loraline.core.errors import LoralineError
+from loraline.core.private_paths import told_to_callers
 
 _log = structlog.get_logger(__name__)
 _STATUSES: dict[grpc.StatusCode, tuple[int, str]] = {
@@ -59,7 +60,7 @@ def error_response(error: LoralineError) -> JSONResponse:
 async def on_loraline_error(request: Request, error: Exception) -> JSONResponse:
     """Answer a typed error."""
     assert isinstance(error, LoralineError)  # noqa: S101 - registered for nothing else
-    return error_response(error)
+    return error_response(told_to_callers(error))
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
