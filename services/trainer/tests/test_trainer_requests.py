@@ -15,7 +15,7 @@ from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_ADAPTER, Artifac
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError
-from loraline.trainer import hub
+from loraline.trainer import checkpoints, hub
 from loraline.trainer.base_models import resolve_base
 from loraline.trainer.runs import refuse_existing, run_of
 from loraline.trainer.spec import resolve, servability_problems, training_spec
@@ -85,8 +85,8 @@ def job(state: int, *, name: str = "trainer-train-1", request_id: str = "") -> j
     return job_pb2.Job(name=name, state=state, request_id=request_id)  # type: ignore[arg-type]
 
 
-def refusal(request: pb.TrainRequest, *jobs: job_pb2.Job) -> str:
-    error = refuse_existing(resolve(request), list(jobs))
+def refusal(request: pb.TrainRequest, *jobs: job_pb2.Job, data_dir: Path = Path("nowhere")) -> str:
+    error = refuse_existing(resolve(request), list(jobs), data_dir)
     return error.reason if error else ""
 
 
@@ -98,7 +98,21 @@ def test_a_name_in_use_is_refused_with_the_choices() -> None:
     for policy in (pb.EXISTING_RUN_POLICY_OVERWRITE, pb.EXISTING_RUN_POLICY_BACKUP_AND_RESTART):
         assert refusal(run(existing_run=policy), done) == ""
         assert refusal(run(existing_run=policy), live) == "RUN_ACTIVE"
-    assert refusal(run(existing_run=pb.EXISTING_RUN_POLICY_CONTINUE), done) == "NOT_SUPPORTED"
+
+
+def test_only_a_run_with_a_good_checkpoint_is_continued(tmp_path: Path) -> None:
+    on = run(existing_run=pb.EXISTING_RUN_POLICY_CONTINUE)
+    done, failed = job(job_pb2.JOB_STATE_SUCCEEDED, name="done"), job(job_pb2.JOB_STATE_FAILED, name="failed")
+    assert refusal(on, data_dir=tmp_path) == refusal(on, done, failed, data_dir=tmp_path) == "NO_CHECKPOINT"
+    folder = tmp_path / "jobs" / "failed" / "checkpoints" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    assert refusal(on, done, failed, data_dir=tmp_path) == "NO_CHECKPOINT"
+    checkpoints.seal(folder)
+    assert refusal(on, done, failed, data_dir=tmp_path) == ""
+    paused = refuse_existing(resolve(on), [job(job_pb2.JOB_STATE_PAUSED), done], tmp_path)
+    assert paused is not None
+    assert "loraline jobs resume trainer-train-1" in paused.message
 
 
 def test_the_same_request_sent_again_is_let_through() -> None:

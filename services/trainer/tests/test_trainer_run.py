@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +36,16 @@ class Watcher:
     steps: list[int] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
         self.steps.append(step)
         self.metrics.append(dict(metrics))
+
+    run = "harbour"
+
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        self.counts[name] += int(amount)
 
     def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
         self.notes.append(reason)
@@ -91,7 +98,7 @@ def test_a_run_learns_and_reports(whole: tuple[training.FinishedRun, Watcher]) -
     assert finished.run.tokens == 4 * finished.receipt.counts.tokens
     losses = [entry["loss"] for entry in finished.run.log if "loss" in entry]
     assert len(losses) == 12
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < 0.7 * losses[0]
     names = {"loss", "token_accuracy", "tokens_per_second", "learning_rate", "grad_norm", "epoch", "eval_loss"}
     assert names <= set(watcher.metrics[-1])
     assert sorted(set(watcher.steps)) == list(range(1, 13))
@@ -300,3 +307,71 @@ def test_stopping_early_needs_validation_rows(small_base: Path, tmp_path: Path) 
         training.run(inputs(small_base, rows), spec(early_stopping_patience=2), tmp_path, Watcher())
     assert caught.value.reason == "NO_VALIDATION_ROWS"
     assert "validation_fraction" in caught.value.message
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, rows: int, at_step: int = 4) -> None:
+    """Let a micro-batch of more rows than that run out of memory, from a step on."""
+    import torch
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    real = SFTTrainer.training_step
+
+    def training_step(self: Any, model: Any, batch: Any, *rest: Any) -> Any:
+        if len(batch["input_ids"]) > rows and self.state.global_step >= at_step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(self, model, batch, *rest)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+
+
+def test_out_of_memory_the_run_goes_on_with_smaller_batches(
+    whole: tuple[training.FinishedRun, Watcher],
+    small_base: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short_of_memory(monkeypatch, 2)
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), tmp_path, watcher)
+    assert finished is not None
+    assert (finished.run.steps, finished.run.tokens) == (whole[0].run.steps, whole[0].run.tokens)
+    assert watcher.counts["oom_recoveries"] == 2
+    assert watcher.notes.count("OUT_OF_MEMORY_RECOVERED") == 2
+    assert "RESUME_RECEIPT" in watcher.notes
+    # The same rows in the same steps: losses differ by the dropout's draws only.
+    losses = [[entry["loss"] for entry in run.log if "loss" in entry] for run in (finished.run, whole[0].run)]
+    assert losses[0][:3] == losses[1][:3]
+    assert all(abs(one - other) < 0.35 for one, other in zip(*losses, strict=True))
+
+
+def test_out_of_memory_with_one_row_names_the_knobs(
+    small_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch, 0, at_step=0)
+    watcher = Watcher()
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(small_base, dataset), spec(), tmp_path, watcher)
+    assert caught.value.reason == "OUT_OF_MEMORY"
+    assert watcher.counts["oom_recoveries"] == 4
+    knobs = ["max_length", "quantization", "lora.r", "larger GPU"]
+    assert sorted(knobs, key=caught.value.message.index) == knobs
+
+
+def test_a_lost_state_is_noticed_at_the_first_step(
+    small_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a checkpoint are replaced by fresh ones, as if they had not been loaded."""
+    from safetensors.torch import load_file, save_file
+
+    from loraline.trainer import checkpoints
+
+    asked = spec(learning_rate=2e-2, epochs=12)
+    assert training.run(inputs(small_base, dataset), asked, tmp_path, Watcher(stop_at=30)) is None
+    newest = tmp_path / "checkpoints" / "checkpoint-30"
+    weights = load_file(newest / "adapter_model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in weights.items()}, newest / "adapter_model.safetensors")
+    checkpoints.seal(newest)
+    with pytest.raises(LoralineError) as caught:
+        training.run(inputs(small_base, dataset), asked, tmp_path, Watcher())
+    assert caught.value.reason == "RESUME_LOST_STATE"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -151,6 +152,44 @@ async def test_a_job_trains_and_publishes(
     run = (await service.GetRun(pb.GetRunRequest(name="mareva"), NO_CONTEXT)).run
     assert run.adapter == result.adapter
     assert run.checkpoints[0].step == 4
+
+
+@pytest.mark.slow
+async def test_a_continued_run_ends_as_one_that_never_stopped(
+    service: TrainerServicer, platform: Platform, dataset: ap.ArtifactRef, small_base: Path
+) -> None:
+    """With a schedule that does not depend on the end, two epochs and two more are four, to the bit."""
+
+    def asked(epochs: float, name: str, policy: int = 0) -> pb.TrainRequest:
+        lora = pb.LoraParameters(r=4, dropout=0.1)
+        parameters = pb.TrainingParameters(
+            epochs=epochs, learning_rate=5e-3, batch_size=8, lora=lora, lr_scheduler="constant", warmup_ratio=0
+        )
+        request = train(dataset, small_base, parameters=parameters, existing_run=policy)
+        request.name = name
+        return request
+
+    async def digest(request: pb.TrainRequest) -> tuple[str, pb.TrainResult, str]:
+        job = await run_job(platform, (await service.Train(request, NO_CONTEXT)).job)
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
+        result = pb.TrainResult()
+        job.result.Unpack(result)
+        weights = platform.library.fetch(result.adapter) / "adapter_model.safetensors"
+        events = await platform.jobs.events(job.name)
+        told = " ".join(event.note.message for event in events if event.note.reason == "RUN_CONTINUED")
+        return hashlib.sha256(weights.read_bytes()).hexdigest(), result, told
+
+    whole, _, _ = await digest(asked(4, "whole"))
+    await digest(asked(2, "parts"))
+    parts, result, told = await digest(asked(4, "parts", pb.EXISTING_RUN_POLICY_CONTINUE))
+    assert parts == whole
+    assert (result.resumed_from, result.steps, result.epochs) == ("checkpoint-6", 12, 4.0)
+    assert "checkpoint-6" in told and "2.00 epochs remain" in told and "last loss" in told
+    again = await run_job(
+        platform, (await service.Train(asked(4, "parts", pb.EXISTING_RUN_POLICY_CONTINUE), NO_CONTEXT)).job
+    )
+    error = LoralineError.from_status(again.error)
+    assert (error.reason, "above 4" in error.message) == ("NOTHING_LEFT_TO_TRAIN", True)
 
 
 @pytest.mark.slow

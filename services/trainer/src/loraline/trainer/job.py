@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import json_format
 
 from loraline.api.artifact.v1 import artifact_pb2
-from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import failed_precondition
 from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.handlers import StopRequested
-from loraline.core.jobs.sql_table import open_table
 from loraline.trainer import hub
 from loraline.trainer.base_models import ResolvedBase, resolve_base
 from loraline.trainer.config import TrainerSettings
+from loraline.trainer.continuing import bring_checkpoint, drop_earlier_checkpoints
+from loraline.trainer.metrics import PROGRESS_GAUGES
 from loraline.trainer.results import receipt_summary, train_result
 from loraline.trainer.rows import LoadedDataset, load_dataset
 from loraline.trainer.spec import not_servable, servability_problems, training_spec
@@ -30,16 +30,14 @@ if TYPE_CHECKING:
     from loraline.trainer.engines.training import FinishedRun
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
-RUN_LABEL = "run"
-"""Label that every training job carries: the name of its run."""
-_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 
 class ContextObserver:
     """Passes what the engine reports on to the job."""
 
-    def __init__(self, context: JobContext):
-        self.context = context
+    def __init__(self, context: JobContext, run: str):
+        self.context, self.run = context, run
+        self._counted = 0
 
     def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
         """Report a step."""
@@ -51,6 +49,16 @@ class ContextObserver:
         self.context.progress(
             step=step, total_steps=total, eta_seconds=eta_seconds, message=message, unit="step", metrics=metrics
         )
+        self.count("steps", max(0, step - self._counted) if self._counted else 1, run=self.run)
+        self._counted = step
+        figures = {"step": step, "steps_planned": total, "eta_seconds": eta_seconds}
+        figures |= {name: value for name, value in metrics.items() if name in PROGRESS_GAUGES}
+        for name, value in figures.items():
+            self.context.gauge(f"trainer_{name}", value, run=self.run)
+
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Add to one of the trainer's counters."""
+        self.context.count(f"trainer_{name}", amount, **labels)
 
     def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
         """Add an event."""
@@ -67,7 +75,9 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
     settings = _start()
     spec = training_spec(request)
     if request.existing_run == pb.EXISTING_RUN_POLICY_OVERWRITE:
-        _drop_earlier_checkpoints(context, request.name)
+        drop_earlier_checkpoints(context, request.name)
+    elif request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
+        bring_checkpoint(context, request.name, spec.epochs, spec.max_steps)
     datasets, references = _datasets(context, request)
     base = _base(context, settings, request.base_model)
     with context.loading():
@@ -81,7 +91,7 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         dataset_names=[format_ref(reference) for reference in references],
     )
     _check_servable(request, base)
-    finished = training.run(inputs, spec, context.workdir, ContextObserver(context))
+    finished = training.run(inputs, spec, context.workdir, ContextObserver(context, request.name))
     if finished is None:
         context.check_stop()
         raise StopRequested("handover")
@@ -192,18 +202,6 @@ def _check_servable(request: pb.TrainRequest, base: ResolvedBase) -> None:
     problems = servability_problems(request, vocab_size=vocab_size)
     if problems:
         raise not_servable(problems)
-
-
-def _drop_earlier_checkpoints(context: JobContext, run: str) -> None:
-    """Delete the checkpoints of the run's ended jobs on this machine."""
-    jobs, _ = open_table(context.database).page(
-        kind_prefix="trainer.train", states=_ENDED, labels={RUN_LABEL: run}, page_size=500
-    )
-    for job in jobs:
-        folder = context.settings.data_dir / "jobs" / job.name / "checkpoints"
-        if job.name != context.job and folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
-            context.note(f"deleted the checkpoints of {job.name}", reason="CHECKPOINTS_DELETED")
 
 
 def _publish_adapter(

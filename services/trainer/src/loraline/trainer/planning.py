@@ -28,7 +28,7 @@ def plan(
     answer = pb.PlanRunResponse(resolved=resolve(request))
     checks: list[pb.PlanCheck] = []
     spec = _attempt(checks, "PARAMETERS", "The parameters are sound.", lambda: training_spec(request))
-    refusal = refuse_existing(answer.resolved, jobs)
+    refusal = refuse_existing(answer.resolved, jobs, platform.settings.data_dir)
     checks.append(_from_error("RUN_NAME", refusal) if refusal else _passed("RUN_NAME", f"{request.name} is free."))
     datasets = _attempt(checks, "DATASETS", "", lambda: _load(request, platform))
     if datasets is not None and spec is not None:

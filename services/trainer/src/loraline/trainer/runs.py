@@ -8,13 +8,14 @@ from pathlib import Path
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
-from loraline.core.errors import LoralineError, already_exists, failed_precondition, unsupported
+from loraline.core.errors import LoralineError, already_exists, failed_precondition
 from loraline.trainer import checkpoints
+from loraline.trainer.continuing import newest_checkpoint, nothing_to_continue
 
 _LIVE = {job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED}
 
 
-def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job]) -> LoralineError | None:
+def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job], data_dir: Path) -> LoralineError | None:
     """Return why a run of this name cannot be started, given the jobs of that name; None when it can.
 
     A request that was sent before is let through: the queue answers it with the job of then. Jobs that failed or were
@@ -24,25 +25,34 @@ def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job]) -> Lorali
         return None
     live = next((job for job in jobs if job.state in _LIVE), None)
     done = next((job for job in jobs if job.state == job_pb2.JOB_STATE_SUCCEEDED), None)
-    if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
-        return unsupported(
-            "existing_run EXISTING_RUN_POLICY_CONTINUE", "Resume the run's job with JobService.ResumeJob."
-        )
-    if request.existing_run in (pb.EXISTING_RUN_POLICY_OVERWRITE, pb.EXISTING_RUN_POLICY_BACKUP_AND_RESTART):
-        if live is None:
-            return None
-        state = job_pb2.JobState.Name(live.state).removeprefix("JOB_STATE_")
-        message = f"The run {request.name} has a job that is {state}: {live.name}. Cancel it before starting anew."
-        return failed_precondition("RUN_ACTIVE", message, job=live.name)
+    if request.existing_run not in (pb.EXISTING_RUN_POLICY_UNSPECIFIED, pb.EXISTING_RUN_POLICY_FAIL):
+        if live is not None:
+            return _active(request, live)
+        if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
+            ended = [job.name for job in jobs]
+            return None if newest_checkpoint(data_dir, ended) is not None else nothing_to_continue(request.name)
+        return None
     holder = live or done
     if holder is None:
         return None
     message = (
-        f"The run {request.name} exists ({holder.name}). Choose existing_run: OVERWRITE deletes its checkpoints and "
-        "starts anew, BACKUP_AND_RESTART keeps them and starts anew; published versions of the adapter stay. "
-        "Or resume that job, or take another name."
+        f"The run {request.name} exists ({holder.name}). Choose existing_run: CONTINUE goes on from its last good "
+        "checkpoint (epochs count from the run's beginning), OVERWRITE deletes its checkpoints and starts anew, "
+        "BACKUP_AND_RESTART keeps them and starts anew; published versions of the adapter stay. Or take another name."
     )
-    return already_exists("RUN_EXISTS", message, job=holder.name, choices="OVERWRITE,BACKUP_AND_RESTART")
+    return already_exists("RUN_EXISTS", message, job=holder.name, choices="CONTINUE,OVERWRITE,BACKUP_AND_RESTART")
+
+
+def _active(request: pb.TrainRequest, live: job_pb2.Job) -> LoralineError:
+    state = job_pb2.JobState.Name(live.state).removeprefix("JOB_STATE_")
+    way = "Cancel it first"
+    if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
+        way = "Resume it" if live.state == job_pb2.JOB_STATE_PAUSED else "Wait for its end"
+    command = {"Cancel it first": "cancel", "Resume it": "resume", "Wait for its end": "watch"}[way]
+    message = (
+        f"The run {request.name} has a job that is {state}: {live.name}. {way}: `loraline jobs {command} {live.name}`."
+    )
+    return failed_precondition("RUN_ACTIVE", message, job=live.name)
 
 
 def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path) -> pb.Run:

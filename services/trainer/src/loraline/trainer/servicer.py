@@ -17,6 +17,7 @@ from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
 from loraline.trainer.base_models import check_folder
 from loraline.trainer.config import TrainerSettings
+from loraline.trainer.continuing import RUN_LABEL
 from loraline.trainer.diagnosis.subject import diagnose, from_file, from_jobs
 from loraline.trainer.planning import plan
 from loraline.trainer.runs import refuse_existing, run_of
@@ -27,7 +28,6 @@ IMPORT_MODEL = JobHandler("trainer.import_model", pb.ImportModelRequest, "lorali
 CREATE_TINY_MODEL = JobHandler(
     "trainer.create_tiny_model", pb.CreateTinyModelRequest, "loraline.trainer.job:create_tiny_model"
 )
-RUN_LABEL = "run"
 _TEXTS = (artifact_pb2.ARTIFACT_KIND_SOURCE, artifact_pb2.ARTIFACT_KIND_DATASET)
 
 
@@ -51,7 +51,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             inputs.append(filled.base_model.artifact)
         labels = {**filled.labels, RUN_LABEL: filled.name}
         async with self._submitting:
-            refusal = refuse_existing(filled, await self._jobs_of(filled.name))
+            jobs = await self._jobs_of(filled.name)
+            refusal = await asyncio.to_thread(refuse_existing, filled, jobs, self._platform.settings.data_dir)
             if refusal is not None:
                 raise refusal
             job = await self._platform.jobs.submit(TRAIN, filled, inputs=inputs, labels=labels)

@@ -34,6 +34,7 @@ def make_base(folder: Path, *, layers: int = 2, template: str | None = None) -> 
     """Write an untrained model of a few thousand weights with a real tokenizer."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, set_seed
 
+    from loraline.trainer.engines.tiny_model import initialise
     from loraline.trainer.engines.tiny_tokenizer import save_tokenizer, train_tokenizer
 
     texts = [message["content"] for row in harbour_rows() for message in row["messages"]]
@@ -54,6 +55,7 @@ def make_base(folder: Path, *, layers: int = 2, template: str | None = None) -> 
         pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
     )
     model = Qwen2ForCausalLM(config)
+    initialise(model)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

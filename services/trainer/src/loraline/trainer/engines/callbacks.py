@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraline.core.errors import failed_precondition
@@ -25,6 +26,15 @@ class RunObserver(Protocol):
         """Something worth an event."""
         ...
 
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Add to one of the trainer's counters."""
+        ...
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        ...
+
     @property
     def stop_cause(self) -> str:
         """Empty, or why the run shall stop: `cancel`, `pause`, `handover`."""
@@ -38,12 +48,12 @@ class LiveProgress(TrainerCallback):
         self.observer, self.clock = observer, clock
         self.metrics: dict[str, float] = {}
         self.begin, self.first_step = clock(), 0
-        self.last_time, self.last_tokens = self.begin, 0.0
+        self.last_time, self.last_tokens, self.last_step = self.begin, 0.0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock; a resumed run counts from where it went on."""
         self.begin = self.last_time = self.clock()
-        self.first_step = state.global_step
+        self.first_step = self.last_step = state.global_step
 
     def on_log(
         self,
@@ -74,9 +84,13 @@ class LiveProgress(TrainerCallback):
             )
             raise failed_precondition("LOSS_NOT_FINITE", message, step=str(step))
         now, tokens = self.clock(), float(logs.get("num_tokens", 0.0))
+        if step > self.last_step:
+            self.metrics["step_seconds"] = (now - self.last_time) / (step - self.last_step)
+        if torch.cuda.is_available():
+            self.metrics["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated())
         if now > self.last_time and tokens > self.last_tokens:
             self.metrics["tokens_per_second"] = (tokens - self.last_tokens) / (now - self.last_time)
-        self.last_time, self.last_tokens = now, tokens
+        self.last_time, self.last_tokens, self.last_step = now, tokens, step
         names = {"mean_token_accuracy": "token_accuracy"}
         for name in ("loss", "mean_token_accuracy", "learning_rate", "grad_norm", "epoch"):
             if name in logs:
@@ -106,7 +120,6 @@ class SealedCheckpoints(TrainerCallback):
 
     def __init__(self, observer: RunObserver, *, keep: int):
         self.observer, self.keep = observer, keep
-        self.seconds = 0.0
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal the checkpoint of this step."""
@@ -116,5 +129,9 @@ class SealedCheckpoints(TrainerCallback):
         checkpoints.seal(checkpoint)
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
         checkpoints.rotate(folder, keep=self.keep, best=best)
-        self.seconds += time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        self.observer.count("checkpoints", result="saved")
+        self.observer.count("checkpoint_seconds", seconds)
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        self.observer.count("checkpoint_bytes", size)
         self.observer.note(f"checkpoint at step {state.global_step}", reason="CHECKPOINT_SAVED")

@@ -16,12 +16,13 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Printer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, resource_exhausted
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
 from loraline.trainer import checkpoints
 from loraline.trainer.engines.callbacks import LiveProgress, RunObserver, SealedCheckpoints, Stopping
 from loraline.trainer.engines.encoding import EncodedRow
 from loraline.trainer.engines.loading import Precision
 from loraline.trainer.engines.preparing import PreparedData
+from loraline.trainer.engines.resuming import ResumeReceipt
 from loraline.trainer.engines.sampling import EpochSampler
 from loraline.trainer.spec import LoraSpec, TrainingSpec
 
@@ -52,7 +53,9 @@ class _Trainer(SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return EpochSampler(self._lengths, self.args.train_batch_size, self._order_seed)
+        # By the effective batch, so that the order stays when memory runs out and micro-batches get smaller.
+        effective = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(self._lengths, effective, self._order_seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without drawing from training's random numbers.
@@ -79,17 +82,14 @@ def train(
 ) -> TrainedRun:
     """Train, going on from the newest good checkpoint in `folder`, and save the adapter to `adapter_folder`.
 
-    Raises RESOURCE_EXHAUSTED (OUT_OF_MEMORY), FAILED_PRECONDITION (LOSS_NOT_FINITE), INVALID_ARGUMENT for target
-    modules that the base does not have.
+    Raises FAILED_PRECONDITION (LOSS_NOT_FINITE, RESUME_LOST_STATE, NO_VALIDATION_ROWS), INVALID_ARGUMENT for target
+    modules that the base does not have; torch's error when memory runs out.
     """
     resume_from = _resume_point(folder, observer)
     set_seed(spec.seed)
     trainer, stopping = _build(model, tokenizer, data, spec, precision, folder, observer)
     begin = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(spec) from error
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - begin
     log = list(trainer.state.log_history)
     if not stopping.stopped:
@@ -109,6 +109,7 @@ def _resume_point(folder: Path, observer: RunObserver) -> Path | None:
     good, torn = checkpoints.newest_good(folder)
     for name, problem in torn.items():
         observer.note(f"{name} {problem}; it is not used", severity="warning", reason="CHECKPOINT_TORN")
+        observer.count("checkpoints", result="torn")
     checkpoints.remove(folder / name for name in torn)
     if good:
         observer.note(f"goes on from {good.name}", reason="RUN_RESUMED")
@@ -135,7 +136,8 @@ def _build(
     if precision.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
     stopping = Stopping(observer)
-    callbacks = [LiveProgress(observer), stopping, SealedCheckpoints(observer, keep=spec.keep_checkpoints)]
+    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints)
+    callbacks = [LiveProgress(observer), ResumeReceipt(observer), stopping, sealed]
     if spec.early_stopping_patience:
         if not data.validation:
             raise _nothing_to_evaluate()
@@ -245,7 +247,7 @@ def _tokens_seen(trainer: _Trainer, data: PreparedData, spec: TrainingSpec) -> i
     rows = [len(row.input_ids) for row in data.train]
     epochs = float(trainer.state.epoch or 0.0)
     whole = int(epochs)
-    part = EpochSampler(rows, spec.batch_size, spec.seed)
+    part = EpochSampler(rows, spec.batch_size * spec.grad_accum, spec.seed)
     part.set_epoch(whole)
     shown = list(part)[: round((epochs - whole) * len(rows))]
     return whole * sum(rows) + sum(rows[index] for index in shown)
@@ -257,15 +259,6 @@ def _nothing_to_evaluate() -> LoralineError:
         "validation_fraction (0.05, for example), or leave early_stopping_patience 0."
     )
     return failed_precondition("NO_VALIDATION_ROWS", message)
-
-
-def _out_of_memory(spec: TrainingSpec) -> LoralineError:
-    message = (
-        f"Memory ran out. In this order: lower parameters.max_length (now {spec.max_length}), lower "
-        f"parameters.batch_size (now {spec.batch_size}) and raise parameters.grad_accum by as much, "
-        "set parameters.gradient_checkpointing, set parameters.quantization to QUANTIZATION_NF4."
-    )
-    return resource_exhausted("OUT_OF_MEMORY", message)
 
 
 def final_figures(log: list[dict[str, Any]]) -> dict[str, float]:

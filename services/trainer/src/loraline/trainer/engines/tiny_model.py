@@ -89,14 +89,14 @@ def _new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         pad_token_id=own.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    _initialise(model)
+    initialise(model)
     model.generation_config = GenerationConfig(
         eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, do_sample=False
     )
     return model
 
 
-def _initialise(model: Qwen2ForCausalLM) -> None:
+def initialise(model: Qwen2ForCausalLM) -> None:
     """Start wider than the usual 0.02, which wastes most of a minute's pretraining.
 
     The embeddings above all: they are frozen when an adapter is trained, and are the output layer too. Tokens that the

@@ -19,10 +19,10 @@ from loraline.trainer.engines.loading import (
     Precision,
     check_vocabulary,
     choose_precision,
-    load_model,
     load_tokenizer,
     model_limits,
 )
+from loraline.trainer.engines.memory import train_within_memory
 from loraline.trainer.engines.preparing import LengthRule, PreparedData, prepare
 from loraline.trainer.rows import LoadedDataset, mix
 from loraline.trainer.spec import TrainingSpec
@@ -67,11 +67,10 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     data.receipt.save(workdir)
     observer.note(_receipt_line(data), reason="TOKEN_RECEIPT")
     observer.note(f"quantisation: {precision.note}; weights in {precision.dtype}", reason="PRECISION")
-    model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
-    trained = sft.train(model, tokenizer, data, spec, precision, workdir / "checkpoints", observer, adapter)
+    checkpoints = workdir / "checkpoints"
+    trained, spec = train_within_memory(base, tokenizer, data, spec, precision, checkpoints, observer, adapter)
     if trained.stopped:
         return None
-    del model
     figures = sft.final_figures(trained.log)
     probes = probing.measure(
         base.folder, adapter, encoder, data.train, data.validation, seed=spec.seed, remote_code=base.trust_remote_code

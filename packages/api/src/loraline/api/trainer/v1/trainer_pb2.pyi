@@ -154,7 +154,7 @@ class _ExistingRunPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exi
     EXISTING_RUN_POLICY_BACKUP_AND_RESTART: _ExistingRunPolicy.ValueType  # 3
     """Keep its jobs and artifacts and start anew: the run's next adapter is a new version of the same name."""
     EXISTING_RUN_POLICY_CONTINUE: _ExistingRunPolicy.ValueType  # 4
-    """Go on from its last good checkpoint."""
+    """Go on from its last good checkpoint on the machine; epochs and max_steps count from the run's beginning."""
 
 class ExistingRunPolicy(_ExistingRunPolicy, metaclass=_ExistingRunPolicyEnumTypeWrapper):
     """What happens when the run's name is already in use."""
@@ -168,7 +168,7 @@ EXISTING_RUN_POLICY_OVERWRITE: ExistingRunPolicy.ValueType  # 2
 EXISTING_RUN_POLICY_BACKUP_AND_RESTART: ExistingRunPolicy.ValueType  # 3
 """Keep its jobs and artifacts and start anew: the run's next adapter is a new version of the same name."""
 EXISTING_RUN_POLICY_CONTINUE: ExistingRunPolicy.ValueType  # 4
-"""Go on from its last good checkpoint."""
+"""Go on from its last good checkpoint on the machine; epochs and max_steps count from the run's beginning."""
 Global___ExistingRunPolicy: _TypeAlias = ExistingRunPolicy  # noqa: Y015
 
 class _Launcher:

@@ -1,0 +1,97 @@
+"""A run's checkpoints from one job to the next: brought along by CONTINUE, deleted by OVERWRITE."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from loraline.api.job.v1 import job_pb2
+from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.jobs.context import JobContext
+from loraline.core.jobs.sql_table import open_table
+from loraline.trainer import checkpoints
+
+RUN_LABEL = "run"
+"""Label that every training job carries: the name of its run."""
+_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
+
+
+def checkpoints_folder(data_dir: Path, job: str) -> Path:
+    """Return where a job keeps its checkpoints."""
+    return data_dir / "jobs" / job / "checkpoints"
+
+
+def newest_checkpoint(data_dir: Path, jobs: list[str]) -> Path | None:
+    """Return the last good checkpoint of a run on this machine; `jobs` are its jobs, newest first."""
+    for job in jobs:
+        good, _ = checkpoints.newest_good(checkpoints_folder(data_dir, job))
+        if good is not None:
+            return good
+    return None
+
+
+def nothing_to_continue(run: str) -> LoralineError:
+    """Return FAILED_PRECONDITION (NO_CHECKPOINT)."""
+    message = (
+        f"The run {run} has no good checkpoint on this machine, so that nothing can be continued. Start it anew with "
+        "existing_run BACKUP_AND_RESTART, or on the machine that holds its checkpoints."
+    )
+    return failed_precondition("NO_CHECKPOINT", message)
+
+
+def bring_checkpoint(context: JobContext, run: str, epochs: float, max_steps: int) -> None:
+    """Copy the run's last good checkpoint into this job's folder, whole or not at all, and say where the run stands.
+
+    Does nothing when this job has a checkpoint of its own already: then it was interrupted and goes on from there.
+    Raises FAILED_PRECONDITION: NO_CHECKPOINT, or NOTHING_LEFT_TO_TRAIN when the run has reached what is asked for.
+    """
+    own = checkpoints_folder(context.settings.data_dir, context.job)
+    if checkpoints.newest_good(own)[0] is not None:
+        return
+    found = newest_checkpoint(context.settings.data_dir, _ended_jobs(context, run))
+    if found is None:
+        raise nothing_to_continue(run)
+    state = checkpoints.trainer_state(found)
+    _refuse_finished(run, state, epochs, max_steps)
+    incoming = own / f".incoming-{found.name}"
+    shutil.rmtree(incoming, ignore_errors=True)
+    shutil.copytree(found, incoming)
+    incoming.rename(own / found.name)
+    context.note(standing(found.name, state, epochs), reason="RUN_CONTINUED", checkpoint=found.name)
+
+
+def standing(name: str, state: dict, epochs: float) -> str:
+    """Return a line on where a run stands: checkpoint, epoch, what remains, last loss."""
+    done = float(state.get("epoch") or 0.0)
+    losses = [entry["loss"] for entry in state.get("log_history", []) if "loss" in entry]
+    last = f"{losses[-1]:.3f}" if losses else "unknown"
+    return f"continues from {name}: epoch {done:.2f}, {max(0.0, epochs - done):.2f} epochs remain, last loss {last}"
+
+
+def drop_earlier_checkpoints(context: JobContext, run: str) -> None:
+    """Delete the checkpoints of the run's ended jobs on this machine."""
+    for job in _ended_jobs(context, run):
+        folder = checkpoints_folder(context.settings.data_dir, job)
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            context.note(f"deleted the checkpoints of {job}", reason="CHECKPOINTS_DELETED")
+
+
+def _ended_jobs(context: JobContext, run: str) -> list[str]:
+    jobs, _ = open_table(context.database).page(
+        kind_prefix="trainer.train", states=_ENDED, labels={RUN_LABEL: run}, page_size=500
+    )
+    return [job.name for job in jobs if job.name != context.job]
+
+
+def _refuse_finished(run: str, state: dict, epochs: float, max_steps: int) -> None:
+    step, done = int(state.get("global_step") or 0), float(state.get("epoch") or 0.0)
+    if max_steps and step >= max_steps:
+        reached, field = f"{step} steps", f"parameters.max_steps above {step}"
+    elif not max_steps and done >= epochs:
+        reached, field = f"{done:g} epochs", f"parameters.epochs above {math.floor(done)}"
+    else:
+        return
+    message = f"The run {run} has made {reached} already. Epochs and steps count from its beginning: set {field}."
+    raise failed_precondition("NOTHING_LEFT_TO_TRAIN", message)

@@ -1,0 +1,81 @@
+"""Going on with less memory when it has run out, with the same effective batch."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loraline.core.errors import LoralineError, resource_exhausted
+from loraline.trainer.base_models import ResolvedBase
+from loraline.trainer.engines import sft
+from loraline.trainer.engines.callbacks import RunObserver
+from loraline.trainer.engines.loading import Precision, load_model
+from loraline.trainer.engines.preparing import PreparedData
+from loraline.trainer.spec import TrainingSpec
+
+
+def train_within_memory(
+    base: ResolvedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    spec: TrainingSpec,
+    precision: Precision,
+    folder: Path,
+    observer: RunObserver,
+    adapter: Path,
+) -> tuple[sft.TrainedRun, TrainingSpec]:
+    """Load the base and train; return the run and the settings that it came through with.
+
+    When memory runs out the micro-batch is divided and accumulation multiplied, so that the effective batch and the
+    order of rows stay; at a micro-batch of one, activations are recomputed (gradient checkpointing). Each time the run
+    goes on from its last checkpoint. Raises RESOURCE_EXHAUSTED (OUT_OF_MEMORY) when nothing is left to give up.
+    """
+    now = spec
+    while True:
+        model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
+        try:
+            return sft.train(model, tokenizer, data, now, precision, folder, observer, adapter), now
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            smaller = with_less_memory(now)
+            if smaller is None:
+                raise _out_of_memory(now) from error
+        # Outside the handler, whose traceback would hold on to the activations.
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _tell(now, smaller, observer)
+        now = smaller
+
+
+def with_less_memory(spec: TrainingSpec) -> TrainingSpec | None:
+    """Return settings with the same effective batch that need less memory; None when there are none."""
+    if spec.batch_size > 1:
+        divisor = next(number for number in range(2, spec.batch_size + 1) if spec.batch_size % number == 0)
+        return replace(spec, batch_size=spec.batch_size // divisor, grad_accum=spec.grad_accum * divisor)
+    return None if spec.gradient_checkpointing else replace(spec, gradient_checkpointing=True)
+
+
+def _tell(before: TrainingSpec, after: TrainingSpec, observer: RunObserver) -> None:
+    observer.count("oom_recoveries", run=observer.run)
+    if after.gradient_checkpointing and not before.gradient_checkpointing:
+        what = "activations are recomputed from here on (gradient_checkpointing), which takes longer"
+    else:
+        what = (
+            f"micro-batch {before.batch_size} → {after.batch_size}, accumulation {before.grad_accum} → "
+            f"{after.grad_accum}; the effective batch stays {after.batch_size * after.grad_accum}"
+        )
+    observer.note(f"memory ran out: {what}", severity="warning", reason="OUT_OF_MEMORY_RECOVERED")
+
+
+def _out_of_memory(spec: TrainingSpec) -> LoralineError:
+    message = (
+        f"Memory ran out even with one row at a time and recomputed activations. In this order: lower "
+        f"parameters.max_length (now {spec.max_length}), set parameters.quantization to QUANTIZATION_NF4, lower "
+        f"parameters.lora.r (now {spec.lora.r}), take a smaller base model or a larger GPU."
+    )
+    return resource_exhausted("OUT_OF_MEMORY", message)
