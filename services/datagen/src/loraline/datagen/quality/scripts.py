@@ -14,17 +14,18 @@ EMOJI = regex.compile(
     r"|[\p{Emoji_Presentation}[\p{Extended_Pictographic}--[©®™‼⁉ℹ〰〽㊗㊙\u2190-\u21FF\u25A0-\u25FF]]]"
     r"[\p{EMod}\uFE0F\u20E3]*(?:\u200D\p{Extended_Pictographic}[\p{EMod}\uFE0F]*)*)"
 )
-LATIN = regex.compile(r"\p{Latin}")
+LATIN = regex.compile(r"\p{Latin}+")
 DIGITS = regex.compile(r"\p{Nd}+")
 _LETTERS: Mapping[str, regex.Pattern[str]] = {
-    "han": regex.compile(r"\p{Han}"),
-    "hangul": regex.compile(r"\p{Hangul}"),
+    "han": regex.compile(r"\p{Han}+"),
+    "hangul": regex.compile(r"\p{Hangul}+"),
     "latin": LATIN,
-    "kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
+    "kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]+"),
     "other": regex.compile(
         r"(?V1)[\p{L}--[\p{Han}\p{Hangul}\p{Latin}\p{Hiragana}\p{Katakana}\p{Common}\p{Inherited}]]"
     ),
 }
+_NO_LETTERS = {code: None for code in range(128) if not chr(code).isalpha()}
 # A letter of these scripts says about as much as this many Latin letters; used to find a text's main language.
 _WEIGHTS = {"han": 3, "hangul": 2, "kana": 2, "latin": 1, "other": 1}
 
@@ -32,8 +33,12 @@ _WEIGHTS = {"han": 3, "hangul": 2, "kana": 2, "latin": 1, "other": 1}
 def letters_by_script(text: str) -> Counter[str]:
     """Count the letters of a text by script: han, hangul, latin, kana, other."""
     if text.isascii():
-        return Counter({"latin": len(LATIN.findall(text))})
-    return Counter({name: len(pattern.findall(text)) for name, pattern in _LETTERS.items()})
+        return Counter({"latin": len(text.translate(_NO_LETTERS))})
+    return Counter({name: _count(pattern, text) for name, pattern in _LETTERS.items()})
+
+
+def _count(pattern: regex.Pattern[str], text: str) -> int:
+    return sum(map(len, pattern.findall(text)))
 
 
 def language_of(letters: Counter[str]) -> str:
@@ -49,7 +54,7 @@ def language_of(letters: Counter[str]) -> str:
 
 def mostly_han(text: str) -> bool:
     """Whether Han characters are at least a third of a text."""
-    return not text.isascii() and 3 * len(_LETTERS["han"].findall(text)) >= len(text)
+    return not text.isascii() and 3 * _count(_LETTERS["han"], text) >= len(text)
 
 
 def emoji_in(text: str) -> list[str]:
