@@ -305,7 +305,7 @@ def test_stopping_early_needs_validation_rows(small_base: Path, tmp_path: Path) 
     rows = write_rows(tmp_path / "rows", harbour_rows())
     with pytest.raises(LoralineError) as caught:
         training.run(inputs(small_base, rows), spec(early_stopping_patience=2), tmp_path, Watcher())
-    assert caught.value.reason == "NO_VALIDATION_ROWS"
+    assert caught.value.reason == "NOTHING_TO_EVALUATE"
     assert "validation_fraction" in caught.value.message
 
 

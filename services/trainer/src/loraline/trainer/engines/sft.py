@@ -82,7 +82,7 @@ def train(
 ) -> TrainedRun:
     """Train, going on from the newest good checkpoint in `folder`, and save the adapter to `adapter_folder`.
 
-    Raises FAILED_PRECONDITION (LOSS_NOT_FINITE, RESUME_LOST_STATE, NO_VALIDATION_ROWS), INVALID_ARGUMENT for target
+    Raises FAILED_PRECONDITION (LOSS_NOT_FINITE, RESUME_LOST_STATE, NOTHING_TO_EVALUATE), INVALID_ARGUMENT for target
     modules that the base does not have; torch's error when memory runs out.
     """
     resume_from = _resume_point(folder, observer)
@@ -258,7 +258,7 @@ def _nothing_to_evaluate() -> LoralineError:
         "parameters.early_stopping_patience needs validation rows: give a dataset that brings some, set "
         "validation_fraction (0.05, for example), or leave early_stopping_patience 0."
     )
-    return failed_precondition("NO_VALIDATION_ROWS", message)
+    return failed_precondition("NOTHING_TO_EVALUATE", message)
 
 
 def final_figures(log: list[dict[str, Any]]) -> dict[str, float]:
