@@ -46,7 +46,9 @@ def test_it_never_goes_below_one_and_says_when_slower_is_no_answer() -> None:
 def test_refusals_in_a_row_open_the_breaker_and_an_answer_closes_it() -> None:
     state = LimitState(8.0)
     for number in range(BREAKER_AFTER - 1):
-        state.refused(number, number + 0.5, 0)
+        state.refused(number + 1, number + 1.5, 0)
+    assert not state.tripped
+    state.refused(4, 99, 0)  # One of the same burst counts no more than its first.
     assert not state.tripped
     state.refused(100, 100, 0)
     assert state.tripped and state.closed_until > 100

@@ -16,7 +16,7 @@ class DatagenSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LORALINE_DATAGEN_", extra="ignore")
 
     llm_concurrency: int = Field(default=4, ge=1, le=1024)
-    """Calls to a language model at a time, for each job."""
+    """Most calls at a time for an endpoint, model and key, of all jobs of this service together."""
     llm_backoff_seconds: float = Field(default=1.0, gt=0)
     """First pause after an endpoint failed in a way that may pass; it doubles with every further failure."""
     probe_timeout_seconds: float = Field(default=15.0, gt=0)

@@ -80,8 +80,11 @@ class Limiter:
             self._sync(now=True)
 
     def refused(self, started: float, wait: float = 0.0) -> bool:
-        """Note a refusal or a time-out; return whether fewer calls at a time follow from it."""
-        slower = False
+        """Note a refusal or a time-out; return whether fewer calls at a time are an answer to it.
+
+        To a call that went alone they are none: then it is not the speed that is refused.
+        """
+        slower, alone = False, self._alone
 
         def note(state: LimitState) -> None:
             nonlocal slower
@@ -90,7 +93,7 @@ class Limiter:
 
         self._state = self._store.exchange(note)
         self._alone = self._alone or self._state.tripped
-        return slower
+        return slower and not alone
 
     def go_alone(self) -> None:
         """Let the next call go first and alone."""

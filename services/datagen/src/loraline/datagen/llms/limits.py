@@ -50,12 +50,13 @@ class LimitState:
 
         Only the first refusal of a burst cuts: the others began before the cut could be felt.
         """
-        self.refusals += 1
+        burst = started <= self.cut_at
+        self.refusals += 0 if burst else 1
         if wait > 0 or self.refusals >= BREAKER_AFTER:
-            backoff = 2.0 ** min(self.refusals - BREAKER_AFTER, 10)
+            backoff = 2.0 ** min(max(0, self.refusals - BREAKER_AFTER), 10)
             self.closed_until = max(self.closed_until, now + min(max(wait, backoff), LONGEST_BREAK_SECONDS))
             self.tripped, self.prober = True, ""
-        if started <= self.cut_at:
+        if burst:
             return int(self.limit) > 1
         before, self.limit = int(self.limit), max(1.0, self.limit * CUT)
         self.cut_at, self.successes = now, 0
