@@ -32,13 +32,13 @@ mapfile -t cuda < <(grep -oE '^(nvidia|cuda)[a-z0-9-]*' requirements/torch.txt; 
 api=./packages/api core=./packages/core client=./packages/client
 # One environment for everything on a CPU: the demo, the tests, a laptop.
 compile all.txt "$api" "$core[s3,postgres,testing]" "$client" ./packages/allinone "./services/datagen[korean]" \
-  "./services/trainer[engine,quantization]" "./services/merger[engine]" "./services/inference[cpu,transformers]"
+  "./services/trainer[engine,quantization]" "./services/merger[engine,export,quantization]" "./services/inference[cpu,transformers]"
 # The tools, at versions that live with all.txt.
 compile dev.txt "-r dev.in" -- -c requirements/all.txt
 # One file per image.
 compile datagen.txt "$api" "$core[s3,postgres]" "./services/datagen[korean,parquet]"
 compile trainer.txt "$api" "$core[s3,postgres]" "./services/trainer[engine,quantization]"
-compile merger.txt "$api" "$core[s3,postgres]" "./services/merger[engine]"
+compile merger.txt "$api" "$core[s3,postgres]" "./services/merger[engine,export,quantization]"
 compile inference-cpu.txt "$api" "$core[s3,postgres]" "./services/inference[cpu]"
 compile client.txt "$api" "$client"
 # On GPUs vLLM brings torch and CUDA itself, so this file names them.

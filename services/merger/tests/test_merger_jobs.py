@@ -122,7 +122,7 @@ async def test_merge_check_repair(tmp_path, make_base, make_adapter):
         found = merger_pb2.CheckModelResult()
         assert done.result.Unpack(found), done.error
         assert found.loadable
-        assert not found.findings
+        assert [finding.code for finding in found.findings] == ["TOKENIZER_REPLACED"]
         assert stage.platform.library.fetch(found.report).joinpath("report.json").exists()
         metrics = generate_latest(stage.platform.registry).decode()
         assert "loraline_merge_last_mean_kl_nats" in metrics
@@ -179,10 +179,6 @@ async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stage.merger.Merge(wrong)
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        export = merger_pb2.ExportModelRequest(name="x", model=foreign, format=merger_pb2.EXPORT_FORMAT_OLLAMA)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stage.merger.ExportModel(export)
-        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
 
 
@@ -239,3 +235,32 @@ def holds(process: Path, job: str) -> bool:
         return b"loraline.core.jobs.child" in (process / "cmdline").read_bytes() and any(job in link for link in links)
     except OSError:
         return False
+
+
+async def test_exports_are_published_with_their_evidence(tmp_path, make_base):
+    base = make_base("llama", torch.bfloat16)
+    (base / "LICENSE").write_text("Do as you like.")
+    async with running(tmp_path) as stage:
+        model = stage.platform.library.publish(MODEL, "tiny", base).ref
+        request = merger_pb2.ExportModelRequest(name="voice", model=model, format=merger_pb2.EXPORT_FORMAT_OLLAMA)
+        request.system_prompt = "Be brief."
+        request.parameters.update({"temperature": 0.3})
+        done = await stage.wait((await stage.merger.ExportModel(request)).job.name)
+        result = merger_pb2.ExportModelResult()
+        assert done.result.Unpack(result), done.error
+        assert result.measurements[0].within_bound
+        folder = stage.platform.library.fetch(result.export)
+        assert {"Modelfile", "model.gguf", "README.md", "LICENSE", "export_report.json"} <= {
+            path.name for path in folder.iterdir()
+        }
+        assert "model/tiny:v1" in (folder / "README.md").read_text()
+        request.parameters.update({"heat": 1})
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stage.merger.ExportModel(request)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        request.ClearField("parameters")
+        request.ClearField("system_prompt")
+        request.name, request.max_kl, request.format = "strict", 1e-12, merger_pb2.EXPORT_FORMAT_GGUF_Q8_0
+        error = LoralineError.from_status((await stage.wait((await stage.merger.ExportModel(request)).job.name)).error)
+        assert error.reason == "MERGE_CHANGED_MODEL"
+        assert stage.platform.library.list(kind=MODEL, name="strict")[0] == []

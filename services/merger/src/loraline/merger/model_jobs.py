@@ -20,6 +20,7 @@ from loraline.core.jobs.context import JobContext
 from loraline.core.server_paths import model_folder
 from loraline.merger.check.findings import Finding, from_error, gravest_first, loadable
 from loraline.merger.check.folder import check_folder
+from loraline.merger.check.tokens import chat_template
 from loraline.merger.repair import repair_folder
 from loraline.merger.weights.layout import PICKLE_SUFFIXES, unsafe_path
 
@@ -31,7 +32,7 @@ def run_check(context: JobContext, request: merger_pb2.CheckModelRequest) -> mer
     folder, ref, label = _locate(context, request.model, "model.path")
     base = _locate(context, request.base_model, "base_model.path")[0] if request.HasField("base_model") else None
     context.progress(fraction=0.1, message="reading headers")
-    findings = gravest_first([*check_folder(folder, base), *check_rendering(folder)])
+    findings = check_everything(folder, base)
     context.check_stop()
     loads = loadable(findings)
     report = context.workdir / "report"
@@ -61,7 +62,7 @@ def run_repair(context: JobContext, request: merger_pb2.RepairModelRequest) -> m
     context.progress(fraction=0.1, message="copying")
     copy_model(folder, copy)
     repaired = repair_folder(copy, base)
-    remaining = gravest_first([*check_folder(copy, base), *check_rendering(copy)])
+    remaining = check_everything(copy, base)
     context.check_stop()
     if not repaired:
         raise failed_precondition(
@@ -96,20 +97,33 @@ def _locate(
     return folder, None, folder.name
 
 
+def check_everything(folder: Path, base: Path | None) -> list[Finding]:
+    """Return what files, headers, transformers' own model and a rendering say, gravest first."""
+    from loraline.merger.engines.skeleton import check_loading
+
+    found = check_folder(folder, base)
+    if loadable(found):  # else the same cause would be told twice
+        found += check_loading(folder)
+    return gravest_first(dict.fromkeys([*found, *check_rendering(folder)]))
+
+
 def check_rendering(folder: Path) -> list[Finding]:
-    """Load the tokenizer as a server would, and render the token receipt if the folder has one."""
-    from loraline.merger.engines.rendering import load_tokenizer, receipt_mismatches
+    """Load the tokenizer as a server would, and render with it: the token receipt, else a plain conversation."""
+    from loraline.merger.engines.rendering import load_tokenizer, receipt_mismatches, replaced_tokenizer, sample_problem
 
     try:
-        load_tokenizer(folder)
-        mismatches = receipt_mismatches(folder, load_receipt(folder)) if (folder / RECEIPT_FILE).exists() else []
+        tokenizer = load_tokenizer(folder)
+        found = replaced_tokenizer(folder, tokenizer)
+        if not (folder / RECEIPT_FILE).exists():
+            return [*found, *sample_problem(tokenizer, chat_template(folder))]
+        mismatches = receipt_mismatches(folder, load_receipt(folder))
     except LoralineError as error:
         return [from_error(error, "tokenizer_config.json")]
     if not mismatches:
-        return []
+        return found
     message = f"Conversations of the training render to other ids: {mismatches[0]} ({len(mismatches)} rows)."
     remedy = "Take tokenizer and chat template from the training."
-    return [Finding("RECEIPT_MISMATCH", "error", RECEIPT_FILE, message, remedy)]
+    return [*found, Finding("RECEIPT_MISMATCH", "error", RECEIPT_FILE, message, remedy)]
 
 
 def copy_model(source: Path, target: Path) -> None:

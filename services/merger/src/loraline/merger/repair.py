@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
 from loraline.core.evidence.receipt import load_receipt
 from loraline.merger.adapter import read_json
-from loraline.merger.check.dimensions import find_layout, head_dim
+from loraline.merger.check.dimensions import head_dim
+from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding
 from loraline.merger.check.folder import check_folder, check_weights
 from loraline.merger.check.tokenizer import UNLOADABLE_CLASSES, right_eos, stopping_ids, token_ids
 from loraline.merger.check.tokens import TokenizerFiles, chat_template, read_tokenizer
-from loraline.merger.sync import write_json
+from loraline.merger.sync import TOKENIZER_FILES, files_to_sync, write_json
 from loraline.merger.weights.header import read_header
 from loraline.merger.weights.layout import INDEX_FILE, SHARD_NAMES, shard_path
 
@@ -112,11 +115,46 @@ def _add_stop(path: Path, eos: int, stops: list[int]) -> None:
     _edit(path, eos_token_id=[eos, *stops] if stops else eos)
 
 
+def _bos_ids(folder: Path, finding: Finding, base: Path | None) -> None:
+    _edit(folder / finding.file, bos_token_id=read_tokenizer(folder).token_id("bos_token"))
+
+
+def _named_files(folder: Path, finding: Finding, base: Path | None) -> None:
+    """Forget names of files that are not there; the loader then finds those that are by their usual names."""
+    config = _read(folder / finding.file)
+    for name in ("vocab_file", "tokenizer_file"):
+        if config.get(name) and not (folder / str(config[name])).is_file():
+            del config[name]
+    write_json(folder / finding.file, config)
+
+
+def _restore(folder: Path, finding: Finding, base: Path | None) -> None:
+    """Take the base's file; a tokenizer only as a whole, as its files are made for each other."""
+    if base is None:
+        return
+    names = [finding.file]
+    if finding.file in TOKENIZER_FILES:
+        names = [name for name in files_to_sync(base) if name in TOKENIZER_FILES]
+        for name in TOKENIZER_FILES:
+            (folder / name).unlink(missing_ok=True)
+    for name in names:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def _base_template(folder: Path, finding: Finding, base: Path | None) -> None:
+    if base is not None and chat_template(base):
+        (folder / "chat_template.jinja").write_text(chat_template(base), encoding="utf-8")
+
+
 def _pad_ids(folder: Path, finding: Finding, base: Path | None) -> None:
     _edit(folder / finding.file, pad_token_id=read_tokenizer(folder).token_id("pad_token"))
 
 
 def _ids_in_range(folder: Path, finding: Finding, base: Path | None) -> None:
+    if finding.file == "tokenizer.json":
+        _restore(folder, finding, base)
+        return
     layout = find_layout(check_weights(folder)[0])
     content, files = _read(folder / finding.file), read_tokenizer(folder)
     for name, token in _ID_OF.items():
@@ -140,13 +178,21 @@ def _sizes(folder: Path, finding: Finding, base: Path | None) -> None:
     values = {
         "VOCAB_SIZE_MISMATCH": ("vocab_size", layout.rows),
         "HIDDEN_SIZE_MISMATCH": (family.hidden, layout.hidden),
-        "INTERMEDIATE_SIZE_MISMATCH": (family.intermediate, layout.size_of(family.up)),
+        "INTERMEDIATE_SIZE_MISMATCH": (family.intermediate, layout.intermediate),
         "LAYER_COUNT_MISMATCH": (family.layer_count, max(layout.layers) + 1),
     }
     if finding.code in values:
         name, value = values[finding.code]
         config[name] = value
     write_json(folder / "config.json", config)
+
+
+def _counted(folder: Path, finding: Finding, base: Path | None) -> None:
+    """Write a count that the finding took from the weights; its message begins with the field and ends with both."""
+    field = finding.message.split(" ", 1)[0]
+    counted = re.search(r"the weights have (\d+)", finding.message)
+    if counted:
+        _edit(folder / "config.json", **{field: int(counted[1])})
 
 
 def _tie(folder: Path, finding: Finding, base: Path | None) -> None:
@@ -195,6 +241,15 @@ _REPAIRS: dict[str, Callable[[Path, Finding, Path | None], None]] = {
     "TOKENIZER_CLASS_UNKNOWN": _tokenizer_class,
     "EOS_IDS_DISAGREE": _eos_ids,
     "PAD_IDS_DISAGREE": _pad_ids,
+    "BOS_IDS_DISAGREE": _bos_ids,
+    "TOKENIZER_FILE_MISSING": _named_files,
+    "FILE_MISSING": _restore,
+    "FILE_UNREADABLE": _restore,
+    "TOKENIZER_MISSING": _restore,
+    "SPECIAL_TOKEN_NOT_SINGLE": _restore,
+    "CHAT_TEMPLATE_MISSING": _base_template,
+    "EXPERT_COUNT_MISMATCH": _counted,
+    "EXPERT_SIZE_MISMATCH": _counted,
     "TOKEN_ID_OUT_OF_RANGE": _ids_in_range,
     "VOCAB_SIZE_MISMATCH": _sizes,
     "HIDDEN_SIZE_MISMATCH": _sizes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -13,7 +14,11 @@ from loraline.api.merger.v1 import merger_pb2
 from loraline.core.artifacts.refs import format_ref
 from loraline.merger.base import BaseFolder
 from loraline.merger.check.findings import Finding
+from loraline.merger.engines.measure import Measurement
+from loraline.merger.exporting import ExportOutcome
+from loraline.merger.exports.licence import find_licence
 from loraline.merger.merging import MergeOptions, MergeOutcome
+from loraline.merger.spec import ExportSpec
 from loraline.merger.sync import write_json
 
 REPORT_FILE = "merge_report.json"
@@ -35,21 +40,8 @@ def library_versions() -> dict[str, str]:
 
 def merge_result(outcome: MergeOutcome) -> merger_pb2.MergeResult:
     """Return the outcome as the contract has it; the model's reference is filled in after publishing."""
-    measurements = [
-        merger_pb2.MergeMeasurement(
-            subject=found.subject,
-            tokens=found.tokens,
-            mean_kl=found.mean_kl,
-            max_kl=found.max_kl,
-            max_abs_logprob_diff=found.max_abs_logprob_diff,
-            top1_agreement=found.top1_agreement,
-            base_to_adapter_diff=found.base_to_adapter_diff,
-            within_bound=within,
-        )
-        for found, within in outcome.measurements
-    ]
     return merger_pb2.MergeResult(
-        measurements=measurements,
+        measurements=measurement_protos(outcome.measurements),
         synced_files=[file.to_proto() for file in outcome.synced],
         repairs=[repair.to_proto() for repair in outcome.repairs],
         merged_tensors=outcome.written.merged_tensors,
@@ -90,7 +82,9 @@ def _report(outcome: MergeOutcome, options: MergeOptions, base: BaseFolder, adap
 
 
 def _card(name: str, outcome: MergeOutcome, options: MergeOptions, base: BaseFolder, adapters: Adapters) -> str:
+    licence = find_licence(base.folder)
     lines = [
+        *licence.front_matter(base.source.hub_id),
         f"# {name}",
         "",
         "A merged model, measured against its base with the adapter attached.",
@@ -104,19 +98,30 @@ def _card(name: str, outcome: MergeOutcome, options: MergeOptions, base: BaseFol
     lines += ["", f"Merge path: {outcome.merge_path}. Weights: {outcome.dtype}, "]
     lines[-1] += f"{outcome.written.merged_tensors} tensors merged."
     lines += ["", "## Evidence", "", "Differences in nats; the reference is base+adapter, unmerged.", ""]
-    lines += [
-        "| compared | tokens | mean KL | max KL | max difference | top-1 equal | base to adapter | within bound |"
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [_row(found, within) for found, within in outcome.measurements]
+    lines += evidence_table(outcome.measurements)
     limit = options.bounds.max_diff_for(outcome.dtype)
     lines += ["", f"Bounds: difference {limit:g}, mean KL {options.bounds.max_kl:g}. "]
     lines[-1] += f"Token receipt: {outcome.receipt_rows} rows rendered to the ids of the training."
     lines += ["", "## Files beside the base's", "", "| file | same bytes | difference |", "| --- | --- | --- |"]
     lines += [f"| {f.path} | {'yes' if not f.difference else 'no'} | {_cell(f.difference)} |" for f in outcome.synced]
+    lines += licence.section("base")
     if outcome.remarks:
         lines += ["", "## Remarks", "", *(f"- {remark}" for remark in outcome.remarks)]
     return "\n".join(lines) + "\n"
+
+
+def evidence_table(measurements: Sequence[tuple[Measurement, bool]]) -> list[str]:
+    """Return the lines of a Markdown table of measurements."""
+    return [
+        "| compared | tokens | mean KL | max KL | max difference | top-1 equal | base to adapter | within bound |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_row(found, within) for found, within in measurements),
+    ]
+
+
+def measurement_protos(measurements: Sequence[tuple[Measurement, bool]]) -> list[merger_pb2.MergeMeasurement]:
+    """Return measurements as the contract has them."""
+    return [merger_pb2.MergeMeasurement(**{**asdict(found), "within_bound": within}) for found, within in measurements]
 
 
 def _row(found: Any, within: bool) -> str:
@@ -154,3 +159,41 @@ def write_check_report(folder: Path, model: str, findings: Sequence[Finding], *,
     else:
         lines.append("Nothing was found.")
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_export_report(
+    folder: Path, spec: ExportSpec, outcome: ExportOutcome, source: Path, model: ArtifactRef
+) -> None:
+    """Write an export's report and card: lineage back to base and adapters, evidence of both steps, licence."""
+    merge = json.loads((source / REPORT_FILE).read_bytes()) if (source / REPORT_FILE).is_file() else {}
+    lineage = [("model", format_ref(model), model.digest)]
+    lineage += [("adapter", one["ref"], one["digest"]) for one in merge.get("adapters", ())]
+    base = merge.get("base_model")
+    lineage += [("base", base["name"], base["digest"] or "not an artifact")] if base else []
+    content = {
+        "version": 1, "format": outcome.format, "model": {"ref": format_ref(model), "digest": model.digest},
+        "bytes_written": outcome.size, "greatest_weight_error": outcome.greatest_error, "notes": outcome.notes,
+        "measurements": [{**asdict(found), "within_bound": within} for found, within in outcome.measurements],
+        "merge": merge, "library_versions": library_versions(),
+    }  # fmt: skip
+    write_json(folder / "export_report.json", content)
+    licence = find_licence(source)
+    lines = [
+        *licence.front_matter(),
+        f"# {spec.name}",
+        "",
+        f"{format_ref(model)} as {outcome.format}.",
+        "",
+        "## Lineage",
+        "",
+    ]
+    lines += ["| what | name | digest |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in lineage)]
+    lines += ["", "## Evidence", "", "Differences in nats; the reference is the model above.", ""]
+    lines += evidence_table(outcome.measurements)
+    lines += ["", f"Bounds: difference {spec.bounds.max_diff:g}, mean KL {spec.bounds.max_kl:g}."]
+    lines += [f"- {note}" for note in outcome.notes]
+    if merge.get("measurements"):
+        rows = [(Measurement(**{k: v for k, v in row.items() if k != "within_bound"}), row["within_bound"])
+                for row in merge["measurements"]]  # fmt: skip
+        lines += ["", "The merge before it, against base+adapter:", "", *evidence_table(rows)]
+    (folder / "README.md").write_text("\n".join([*lines, *licence.section("model")]) + "\n", encoding="utf-8")

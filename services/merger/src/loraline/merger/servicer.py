@@ -13,23 +13,23 @@ from loraline.api.merger.v1 import merger_pb2, merger_pb2_grpc
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.config import CoreSettings
-from loraline.core.errors import unsupported
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.queue import JobQueue
 from loraline.core.server_paths import model_folder
 from loraline.merger.adapter import trained_quantised
-from loraline.merger.spec import merge_spec, quantised_training, require_kind
+from loraline.merger.spec import export_spec, merge_spec, quantised_training, require_kind
 
 MERGE = JobHandler("merger.merge", merger_pb2.MergeRequest, "loraline.merger.job:run")
 CHECK = JobHandler("merger.check_model", merger_pb2.CheckModelRequest, "loraline.merger.model_jobs:run_check")
 REPAIR = JobHandler("merger.repair_model", merger_pb2.RepairModelRequest, "loraline.merger.model_jobs:run_repair")
-HANDLERS = (MERGE, CHECK, REPAIR)
+EXPORT = JobHandler("merger.export_model", merger_pb2.ExportModelRequest, "loraline.merger.export_job:run_export")
+HANDLERS = (MERGE, CHECK, REPAIR, EXPORT)
 
 Context = grpc.aio.ServicerContext
 
 
 class MergerServicer(merger_pb2_grpc.MergerServiceServicer):
-    """Queues merges, checks and repairs."""
+    """Queues merges, checks, repairs and exports."""
 
     def __init__(self, library: ArtifactLibrary, jobs: JobQueue, settings: CoreSettings):
         self._library, self._jobs, self._settings = library, jobs, settings
@@ -71,9 +71,13 @@ class MergerServicer(merger_pb2_grpc.MergerServiceServicer):
     async def ExportModel(
         self, request: merger_pb2.ExportModelRequest, context: Context
     ) -> merger_pb2.ExportModelResponse:
-        """Refuse: exports are not served by this version."""
-        name = merger_pb2.ExportFormat.Name(request.format)
-        raise unsupported(f"ExportModel to {name}", "Serve the merged model with inference, or convert its folder.")
+        """Queue an export of an exact version."""
+        export_spec(request)
+        exact = merger_pb2.ExportModelRequest()
+        exact.CopyFrom(request)
+        inputs = [await self._pin(exact.model)]
+        job = await self._jobs.submit(EXPORT, exact, inputs=inputs, labels=dict(request.labels))
+        return merger_pb2.ExportModelResponse(job=job)
 
     async def _pin_locations(self, request: Any) -> list[ArtifactRef]:
         """Make the request's artifacts exact and return them; paths are checked against the allowed folders."""

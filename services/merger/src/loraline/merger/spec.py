@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from google.protobuf.json_format import MessageToDict
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2
 from loraline.core.errors import LoralineError, invalid_argument, unsupported
+from loraline.merger.exports.modelfile import parameters_of
 
 Dtype = Literal["", "bf16", "fp16", "fp32"]
 MAX_KL = 0.01
@@ -51,6 +55,39 @@ class MergeSpec:
     bounds: MergeBounds
     original_base: bool
     """The caller asked for ORIGINAL, rather than for what is measured best."""
+
+
+# Format -> (its name in the contract, greatest difference, greatest mean KL) in nats, unless the caller says otherwise.
+EXPORT_FORMATS: dict[int, tuple[str, float, float]] = {
+    merger_pb2.EXPORT_FORMAT_OLLAMA: ("ollama", 0.25, 0.01),
+    merger_pb2.EXPORT_FORMAT_GGUF_F16: ("gguf_f16", 0.25, 0.01),
+    merger_pb2.EXPORT_FORMAT_GGUF_Q8_0: ("gguf_q8_0", 1.0, 0.02),
+    merger_pb2.EXPORT_FORMAT_FP8: ("fp8", 2.0, 0.1),
+    merger_pb2.EXPORT_FORMAT_INT8: ("int8", 2.0, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """An export."""
+
+    name: str
+    format: str
+    bounds: MergeBounds
+    system_prompt: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def export_spec(request: merger_pb2.ExportModelRequest) -> ExportSpec:
+    """Read an ExportModelRequest. Raises INVALID_ARGUMENT for wrong kinds and for parameters of no runtime."""
+    require_kind(request.model, artifact_pb2.ARTIFACT_KIND_MODEL, "model")
+    if request.format not in EXPORT_FORMATS:
+        raise invalid_argument("EXPORT_FORMAT_UNKNOWN", f"format {request.format} is none that this server writes.")
+    name, diff, kl = EXPORT_FORMATS[request.format]
+    bounds = MergeBounds(request.max_kl or kl, request.max_abs_logprob_diff or diff)
+    parameters = MessageToDict(request.parameters) if request.HasField("parameters") else {}
+    parameters_of(parameters, {}, ())
+    return ExportSpec(request.name, name, bounds, request.system_prompt, parameters)
 
 
 def merge_spec(request: merger_pb2.MergeRequest) -> MergeSpec:

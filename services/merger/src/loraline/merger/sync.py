@@ -35,6 +35,8 @@ SYNCED_FILES = (
     "video_preprocessor_config.json",
 )
 """Files that decide how the weights are read and how text becomes ids."""
+TOKENIZER_FILES = SYNCED_FILES[2:12]
+"""Those of them that are one tokenizer."""
 _PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -9,18 +9,9 @@ from loraline.core.errors import failed_precondition
 from loraline.merger.adapter import read_json
 from loraline.merger.check.findings import Finding
 from loraline.merger.check.tokens import read_tokenizer
-from loraline.merger.sync import write_json
+from loraline.merger.sync import TOKENIZER_FILES, write_json
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 def write_vocabulary(folder: Path, rows: int) -> list[Finding]:

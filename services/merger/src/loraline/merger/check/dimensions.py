@@ -4,103 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from loraline.merger.check.families import GPT2_LIKE, Family, Layout, Shapes, find_layout
 from loraline.merger.check.findings import Finding
-from loraline.merger.weights.header import TensorInfo
 
 CONFIG = "config.json"
-Shapes = Mapping[str, TensorInfo]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of architectures names its config fields and tensors; layer names come after `layers`."""
-
-    name: str
-    layers: re.Pattern[str]
-    embedding: tuple[str, ...]
-    hidden: str
-    layer_count: str
-    heads: str
-    kv_heads: str = ""
-    intermediate: str = ""
-    query: str = ""
-    key: str = ""
-    fused_query: str = ""
-    up: str = ""
-    conv1d: bool = False
-    """Weights are stored as (in, out)."""
-
-
-LLAMA_LIKE = Family(
-    "Llama-like",
-    re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)$"),
-    ("model.embed_tokens.weight", "embed_tokens.weight"),
-    hidden="hidden_size",
-    layer_count="num_hidden_layers",
-    heads="num_attention_heads",
-    kv_heads="num_key_value_heads",
-    intermediate="intermediate_size",
-    query="self_attn.q_proj.weight",
-    key="self_attn.k_proj.weight",
-    fused_query="self_attn.qkv_proj.weight",
-    up="mlp.up_proj.weight",
-)
-GPT2_LIKE = Family(
-    "GPT-2-like",
-    re.compile(r"^(?:transformer\.)?h\.(\d+)\.(.+)$"),
-    ("transformer.wte.weight", "wte.weight"),
-    hidden="n_embd",
-    layer_count="n_layer",
-    heads="n_head",
-    intermediate="n_inner",
-    fused_query="attn.c_attn.weight",
-    up="mlp.c_fc.weight",
-    conv1d=True,
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the tensors of a folder say, whatever the config says."""
-
-    family: Family
-    embedding: TensorInfo
-    layers: dict[int, dict[str, TensorInfo]]
-    head: TensorInfo | None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the embedding: greatest token id plus one."""
-        return self.embedding.shape[0]
-
-    @property
-    def hidden(self) -> int:
-        """Width of the embedding."""
-        return self.embedding.shape[1]
-
-    def size_of(self, name: str) -> int | None:
-        """Return the output size of a weight of the first layer that has it."""
-        for layer in self.layers.values():
-            if name in layer:
-                return layer[name].shape[1 if self.family.conv1d else 0]
-        return None
-
-
-def find_layout(tensors: Shapes) -> Layout | None:
-    """Recognise a family by its tensor names; None for others, whose dimensions are then not checked."""
-    for family in (LLAMA_LIKE, GPT2_LIKE):
-        embedding = next((tensors[name] for name in family.embedding if name in tensors), None)
-        layers: dict[int, dict[str, TensorInfo]] = {}
-        for name, tensor in tensors.items():
-            match = family.layers.match(name)
-            if match:
-                layers.setdefault(int(match[1]), {})[match[2]] = tensor
-        if embedding is not None and len(embedding.shape) == 2 and layers:
-            return Layout(family, embedding, layers, tensors.get("lm_head.weight"))
-    return None
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_UP = re.compile(r"\.experts\.\d+\.(w1|up_proj)\.weight$")
 
 
 def check_dimensions(config: Mapping[str, Any], tensors: Shapes) -> list[Finding]:
@@ -119,9 +30,10 @@ def _simple_sizes(config: Mapping[str, Any], layout: Layout) -> Iterator[Finding
     family = layout.family
     yield from _compare(config, "vocab_size", layout.rows, "VOCAB_SIZE_MISMATCH", "rows of the embedding")
     yield from _compare(config, family.hidden, layout.hidden, "HIDDEN_SIZE_MISMATCH", "columns of the embedding")
-    intermediate = layout.size_of(family.up)
+    intermediate = layout.intermediate
     if intermediate is not None and config.get(family.intermediate) is not None:
-        yield from _compare(config, family.intermediate, intermediate, "INTERMEDIATE_SIZE_MISMATCH", family.up)
+        where = "output rows of the first feed-forward weight"
+        yield from _compare(config, family.intermediate, intermediate, "INTERMEDIATE_SIZE_MISMATCH", where)
 
 
 def _compare(config: Mapping[str, Any], name: str, found: int, code: str, where: str) -> Iterator[Finding]:
@@ -182,18 +94,23 @@ def _layers(config: Mapping[str, Any], layout: Layout) -> Iterator[Finding]:
 
 
 def _head(config: Mapping[str, Any], layout: Layout) -> Iterator[Finding]:
-    tied, head = config.get("tie_word_embeddings"), layout.head
+    tied, head, name = config.get("tie_word_embeddings"), layout.head, layout.family.head
     if head is None and tied is False:
-        message = "tie_word_embeddings is false, but the weights have no lm_head.weight."
+        message = f"tie_word_embeddings is false, but the weights have no {name}."
         remedy = "Set tie_word_embeddings to true, if the base has it so; else save the model again."
         yield Finding("TIE_WORD_EMBEDDINGS_MISMATCH", "error", CONFIG, message, remedy, True)
     if head is not None and head.shape != layout.embedding.shape:
-        message = f"lm_head.weight is {list(head.shape)}, the embedding is {list(layout.embedding.shape)}."
+        message = f"{name} is {list(head.shape)}, the embedding is {list(layout.embedding.shape)}."
         yield Finding("LM_HEAD_MISMATCH", "error", "", message, "Save the model again; one of them was resized alone.")
+    if head is not None and tied is True:
+        message = f"tie_word_embeddings is true, yet the weights have {name}: some libraries use it, others do not."
+        remedy = "Set tie_word_embeddings to false if the two weights differ; else remove the second."
+        yield Finding("HEAD_IGNORED", "warning", CONFIG, message, remedy)
 
 
 def _experts(config: Mapping[str, Any], layout: Layout) -> Iterator[Finding]:
-    said = config.get("num_local_experts", config.get("num_experts"))
+    name = next((one for one in _EXPERT_COUNTS if one in config), "")
+    said = config.get(name)
     found = {
         int(match[1])
         for layer in layout.layers.values()
@@ -201,5 +118,19 @@ def _experts(config: Mapping[str, Any], layout: Layout) -> Iterator[Finding]:
         if (match := re.search(r"\.experts\.(\d+)\.", name))
     }
     if found and isinstance(said, int) and said != max(found) + 1:
-        message = f"The config gives {said} experts, the weights have {max(found) + 1}."
-        yield Finding("EXPERT_COUNT_MISMATCH", "error", CONFIG, message, "Take the base's config.")
+        yield from _compare(config, name, max(found) + 1, "EXPERT_COUNT_MISMATCH", "experts in the weights")
+    width = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    rows = {
+        tensor.shape[0]
+        for layer in layout.layers.values()
+        for tensor_name, tensor in layer.items()
+        if _EXPERT_UP.search(tensor_name)
+    }
+    if len(rows) == 1:
+        yield from _compare(
+            config, width, rows.pop(), "EXPERT_SIZE_MISMATCH", "output rows of an expert's first weight"
+        )
+    chosen = config.get("num_experts_per_tok")
+    if found and isinstance(chosen, int) and chosen > max(found) + 1:
+        message = f"num_experts_per_tok is {chosen}, but the weights have {max(found) + 1} experts."
+        yield Finding("EXPERTS_PER_TOKEN_INVALID", "error", CONFIG, message, "Take the base's config.")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import LoralineError
-from loraline.merger.check.dimensions import check_dimensions, find_layout
+from loraline.merger.check.dimensions import check_dimensions
+from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding, from_error, gravest_first
 from loraline.merger.check.tokenizer import check_tokenizer
 from loraline.merger.check.tokens import chat_template, read_tokenizer
+from loraline.merger.sync import TOKENIZER_FILES
 from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
 from loraline.merger.weights.layout import (
     INDEX_FILE,
@@ -22,6 +25,10 @@ from loraline.merger.weights.layout import (
     shard_path,
     unnamed_shards,
 )
+
+TOKENIZER = "tokenizer.json"
+_RESTORABLE = {"FILE_MISSING", "FILE_UNREADABLE", "TOKENIZER_MISSING", "SPECIAL_TOKEN_NOT_SINGLE"}
+"""Mended by the base's file, where a base is given."""
 
 
 def check_folder(folder: Path, base: Path | None = None) -> list[Finding]:
@@ -41,8 +48,21 @@ def check_folder(folder: Path, base: Path | None = None) -> list[Finding]:
         remedy = "Put chat_template.jinja beside the tokenizer, unless this is a plain completion model."
         findings.append(Finding("CHAT_TEMPLATE_MISSING", "info", "chat_template.jinja", message, remedy))
     if base is not None:
+        findings = [_restorable(finding, base, layout.rows if layout else 0) for finding in findings]
         findings += compare_with_base(config, tensors, base)
     return gravest_first(dict.fromkeys(findings))
+
+
+def _restorable(finding: Finding, base: Path, rows: int) -> Finding:
+    """Mark what a file of the base mends; a tokenizer only where the base's ids fit the embedding."""
+    if finding.code == "CHAT_TEMPLATE_MISSING":
+        return replace(finding, repairable=bool(chat_template(base)))
+    mendable = finding.code in _RESTORABLE or (finding.code, finding.file) == ("TOKEN_ID_OUT_OF_RANGE", TOKENIZER)
+    if not mendable or not (base / finding.file).is_file():
+        return finding
+    ids = read_tokenizer(base).ids
+    fits = finding.file not in TOKENIZER_FILES or (bool(ids) and bool(rows) and max(ids.values()) < rows)
+    return replace(finding, repairable=finding.repairable or fits)
 
 
 def check_weights(folder: Path) -> tuple[dict[str, TensorInfo], list[Finding]]:

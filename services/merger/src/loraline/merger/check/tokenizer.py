@@ -27,7 +27,13 @@ def check_tokenizer(
             *findings,
             Finding("TOKENIZER_MISSING", "error", "tokenizer.json", message, "Copy the base's tokenizer."),
         ]
-    findings += [*_named(files), *_class(files), *_special(files), *_blank(files, config, generation)]
+    findings += [
+        *_named(files),
+        *_files_named(files),
+        *_class(files),
+        *_special(files),
+        *_blank(files, config, generation),
+    ]
     findings += [*_ranges(files, config, generation, rows), *_agreement(files, config, generation)]
     return findings
 
@@ -39,6 +45,15 @@ def _named(files: TokenizerFiles) -> Iterator[Finding]:
         message = "tokenizer.model is the only vocabulary, and neither vocab_file nor tokenizer_file names it."
         remedy = 'Add "vocab_file": "tokenizer.model"; loaders otherwise fail with "not NoneType".'
         yield Finding("TOKENIZER_MODEL_UNNAMED", "warning", TOKENIZER_CONFIG, message, remedy, True)
+
+
+def _files_named(files: TokenizerFiles) -> Iterator[Finding]:
+    for name in ("vocab_file", "tokenizer_file"):
+        value = files.config.get(name)
+        if isinstance(value, str) and value and not (files.folder / value).is_file():
+            message = f"{name} names {value!r}, which is not in the folder."
+            remedy = f"Remove {name}, or name the file beside it."
+            yield Finding("TOKENIZER_FILE_MISSING", "warning", TOKENIZER_CONFIG, message, remedy, True)
 
 
 def _class(files: TokenizerFiles) -> Iterator[Finding]:
@@ -58,6 +73,11 @@ def _special(files: TokenizerFiles) -> Iterator[Finding]:
             message = f"{name} {text!r} is no single token of the vocabulary."
             remedy = "Take the base's tokenizer, or name a token that exists."
             yield Finding("SPECIAL_TOKEN_NOT_SINGLE", "error", TOKENIZER_CONFIG, message, remedy)
+    for text in files.more_special():
+        if text not in files.ids:
+            message = f"The special token {text!r} is no single token of the vocabulary; it gets a new id when loaded."
+            remedy = "Take the base's tokenizer, or remove it from additional_special_tokens."
+            yield Finding("SPECIAL_TOKEN_NOT_SINGLE", "warning", TOKENIZER_CONFIG, message, remedy)
 
 
 def _blank(files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Iterator[Finding]:
@@ -111,8 +131,17 @@ def _agreement(files: TokenizerFiles, config: Mapping[str, Any], generation: Map
     if eos is not None and eos not in stops:
         message = f"The tokenizer's eos_token is id {eos}, but generation stops at {stops or 'nothing'}."
         yield Finding("EOS_IDS_DISAGREE", "warning", file, message, f"Add {eos} to eos_token_id.", True)
+    if eos is None and not stops and not files.token("eos_token") and files.ids:
+        message = "Neither the tokenizer nor the configs name a token that ends an answer; answers will not end."
+        remedy = "Set eos_token and eos_token_id to what the training ended answers with."
+        yield Finding("EOS_TOKEN_MISSING", "warning", TOKENIZER_CONFIG, message, remedy)
+    bos = files.token_id("bos_token")
     pad = files.token_id("pad_token")
     for name, source in (("config.json", config), ("generation_config.json", generation)):
+        begin = token_ids(source.get("bos_token_id"))
+        if bos is not None and begin and begin[0] != bos:
+            message = f"bos_token_id is {begin[0]}, the tokenizer's bos_token is id {bos}."
+            yield Finding("BOS_IDS_DISAGREE", "warning", name, message, f"Set it to {bos}.", True)
         said = token_ids(source.get("pad_token_id"))
         if pad is not None and said and said[0] >= 0 and said[0] != pad:
             message = f"pad_token_id is {said[0]}, the tokenizer's pad_token is id {pad}."

@@ -38,6 +38,11 @@ class TokenizerFiles:
         text = self.token(name)
         return None if text is None else self.ids.get(text)
 
+    def more_special(self) -> list[str]:
+        """Return the additional special tokens that the configs list."""
+        listed = [source.get("additional_special_tokens") for source in (self.config, self.special_map)]
+        return [token_text(token) for tokens in listed if isinstance(tokens, list) for token in tokens]
+
     def text_of(self, token_id: int) -> str | None:
         """Return the token with this id."""
         return next((text for text, number in self.ids.items() if number == token_id), None)

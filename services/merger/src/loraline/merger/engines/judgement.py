@@ -12,6 +12,7 @@ from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.probes import compare_logprobs, load_probes
 from loraline.merger.engines.measure import Measurement, Reference, compute_reference, measure_folder
 from loraline.merger.engines.rendering import load_tokenizer
+from loraline.merger.spec import MeasureSettings, MergeBounds
 from loraline.merger.texts import collect_texts
 
 if TYPE_CHECKING:
@@ -57,12 +58,31 @@ def measure_merge(
     within = within_bounds(merged, options, outcome.dtype)
     outcome.measurements.append((merged, within))
     if not within:
-        raise changed_model(merged, options, outcome.dtype)
+        raise changed_model(merged, options.bounds, outcome.dtype)
     if merged.base_to_adapter_diff < _NO_SIGNAL:
         outcome.remarks.append(
             f"the adapter moves the base by at most {merged.base_to_adapter_diff:.2g} nats on the measured texts: "
             "the comparison proves little, and the adapter does little"
         )
+
+
+def measure_export(
+    source: Path, out: Path, subject: str, gguf_file: str, settings: MeasureSettings, watch: MergeWatch
+) -> Measurement:
+    """Measure an exported folder, or a GGUF file in it, against the model it was made from."""
+    dtype = torch.float32 if settings.dtype == "float32" else "auto"
+    texts = collect_texts(
+        [source],
+        lambda text: load_tokenizer(source).encode(text),
+        max_tokens=settings.tokens,
+        max_length=settings.length,
+    )
+    path = out.with_name(out.name + ".reference.f32")
+    try:
+        reference = compute_reference(source, [], texts, path, dtype=dtype, check=watch.check)
+        return measure_folder(out, reference, subject, dtype=dtype, check=watch.check, gguf_file=gguf_file)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def within_bounds(measurement: Measurement, options: MergeOptions, dtype: str) -> bool:
@@ -101,22 +121,26 @@ def _against_record(reference: Reference, adapter: AdapterInput, options: MergeO
     outcome.remarks.append(f"{message}; the training did not compute in float32, or ran on a quantised base")
 
 
-def changed_model(found: Measurement, options: MergeOptions, dtype: str) -> LoralineError:
+def changed_model(
+    found: Measurement, bounds: MergeBounds, dtype: str, *, reference: str = "base+adapter"
+) -> LoralineError:
     """FAILED_PRECONDITION with the figures."""
-    limit = options.bounds.max_diff_for(dtype)
+    limit = bounds.max_diff_for(dtype)
+    moved = (
+        f", where the adapter moves the base by {found.base_to_adapter_diff:.3g}" if found.base_to_adapter_diff else ""
+    )
     return failed_precondition(
         "MERGE_CHANGED_MODEL",
-        "The merged model does not answer like base+adapter: "
+        f"{found.subject}: the model as written does not answer like {reference}: "
         f"greatest difference {found.max_abs_logprob_diff:.3g} nats (bound {limit:g}), "
-        f"mean KL {found.mean_kl:.3g} nats (bound {options.bounds.max_kl:g}), on {found.tokens} tokens, "
-        f"where the adapter moves the base by {found.base_to_adapter_diff:.3g}. Nothing was published. "
-        "Try dtype fp32, or serve the adapter unmerged.",
+        f"mean KL {found.mean_kl:.3g} nats (bound {bounds.max_kl:g}), on {found.tokens} tokens{moved}. "
+        "Nothing was published. Try a wider type or a higher bound, or serve the adapter unmerged.",
         max_abs_logprob_diff=f"{found.max_abs_logprob_diff:.6g}",
         mean_kl=f"{found.mean_kl:.6g}",
         max_kl=f"{found.max_kl:.6g}",
         top1_agreement=f"{found.top1_agreement:.6g}",
         base_to_adapter_diff=f"{found.base_to_adapter_diff:.6g}",
         bound_diff=f"{limit:g}",
-        bound_kl=f"{options.bounds.max_kl:g}",
+        bound_kl=f"{bounds.max_kl:g}",
         tokens=str(found.tokens),
     )

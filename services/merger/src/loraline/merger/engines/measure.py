@@ -65,19 +65,26 @@ def compute_reference(
     *,
     dtype: torch.dtype | str = torch.float32,
     check: Callable[[], None] = lambda: None,
+    prepare: Callable[[Any], None] = lambda model: None,
 ) -> Reference:
-    """Run base and base+adapter over the texts; the latter's log-probabilities go to `path`."""
-    model = attach_adapters(load_causal_lm(base, dtype), adapters)
+    """Run base and base+adapter over the texts; the latter's log-probabilities go to `path`.
+
+    Without adapters the reference is the model itself. `prepare` may change the loaded base, such as dequantise it.
+    """
+    loaded = load_causal_lm(base, dtype)
+    prepare(loaded)
+    model = attach_adapters(loaded, adapters) if adapters else loaded
     reference = Reference(path, 0, texts)
     with path.open("wb") as file:
         for text in texts:
             check()
             with_adapter = text_logprobs(model, text)
-            with model.disable_adapter():
-                plain = text_logprobs(model, text)
             reference.vocabulary = with_adapter.shape[1]
-            difference = greatest_difference(with_adapter, plain, own_ids(text))
-            reference.base_to_adapter_diff = max(reference.base_to_adapter_diff, difference)
+            if adapters:
+                with model.disable_adapter():
+                    plain = text_logprobs(model, text)
+                difference = greatest_difference(with_adapter, plain, own_ids(text))
+                reference.base_to_adapter_diff = max(reference.base_to_adapter_diff, difference)
             reference.own_logprobs.append(with_adapter.gather(1, own_ids(text)[:, None])[:, 0].tolist())
             file.write(with_adapter.numpy().tobytes())
     return reference
@@ -90,12 +97,13 @@ def measure_folder(
     *,
     dtype: torch.dtype | str = torch.float32,
     check: Callable[[], None] = lambda: None,
+    gguf_file: str = "",
 ) -> Measurement:
-    """Load the merged folder as written and compare it with the reference.
+    """Load the merged folder as written, or one GGUF file in it, and compare it with the reference.
 
     Raises FAILED_PRECONDITION (MODEL_NOT_LOADABLE, MERGE_NOT_FINITE).
     """
-    model = load_causal_lm(folder, dtype)
+    model = load_causal_lm(folder, dtype, gguf_file=gguf_file)
     divergences: list[torch.Tensor] = []
     greatest, same = 0.0, 0
     for text, expected in reference.blocks():

@@ -15,8 +15,8 @@ from loraline.merger.adapter import WEIGHTS_FILE, embedding_rows
 from loraline.merger.weights.header import read_header
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:
-    """Load a model folder for evaluation; `dtype` may be `auto` for the stored type.
+def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, gguf_file: str = "") -> Any:
+    """Load a model folder, or one GGUF file in it, for evaluation; `dtype` may be `auto` for the stored type.
 
     Raises FAILED_PRECONDITION (MODEL_NOT_LOADABLE) when transformers cannot load it or had to invent weights.
     """
@@ -24,10 +24,10 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
-            use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}),
         )
     except Exception as error:  # the library raises many kinds; each means that the folder is of no use
         raise not_loadable(folder, f"{type(error).__name__}: {error}") from error

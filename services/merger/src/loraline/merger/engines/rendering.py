@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.receipt import Messages, RenderingMismatch, TokenReceipt, compare_rendering
+from loraline.merger.check.findings import Finding, from_error
+from loraline.merger.texts import PLAIN_TEXTS
 
 RENDER_SECONDS = 10.0
 """A template that takes longer for one conversation is hostile or broken."""
+RENDER_BYTES = 512 * 1024 * 1024
+"""Memory that rendering one conversation may take."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -35,25 +41,83 @@ def renderer(tokenizer: Any) -> Callable[[Messages], list[int]]:
     """Return a function that gives the ids of a whole conversation; the template runs in transformers' sandbox."""
 
     def render(messages: Messages) -> list[int]:
-        with time_limit(RENDER_SECONDS):
-            try:
-                ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-            except LoralineError:
-                raise
-            except Exception as error:
-                raise failed_precondition(
-                    "CHAT_TEMPLATE_FAILED",
-                    f"The chat template cannot render a conversation of the training: {str(error)[:300]}. "
-                    "Use the template that the adapter was trained with.",
-                ) from error
-        return [int(number) for number in ids]
+        return [int(number) for number in _apply(tokenizer, messages, tokenize=True, return_dict=False)]
 
     return render
+
+
+def text_renderer(tokenizer: Any) -> Callable[[Sequence[Any], bool], str]:
+    """Return a function that gives the text of a conversation, with the assistant's turn opened or not."""
+
+    def render(messages: Sequence[Any], generation: bool) -> str:
+        return str(_apply(tokenizer, list(messages), tokenize=False, add_generation_prompt=generation))
+
+    return render
+
+
+def _apply(tokenizer: Any, messages: Any, **options: Any) -> Any:
+    with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+        try:
+            return tokenizer.apply_chat_template(messages, **options)
+        except LoralineError:
+            raise
+        except (Exception, MemoryError) as error:
+            why = str(error)[:300] or type(error).__name__
+            raise failed_precondition(
+                "CHAT_TEMPLATE_FAILED",
+                f"The chat template cannot render a conversation: {why}. "
+                "Use the template that the adapter was trained with.",
+            ) from error
 
 
 def receipt_mismatches(folder: Path, receipt: TokenReceipt) -> list[RenderingMismatch]:
     """Render the receipt's rows with the folder's tokenizer; empty means equal ids everywhere."""
     return compare_rendering(receipt, renderer(load_tokenizer(folder)))
+
+
+def replaced_tokenizer(folder: Path, tokenizer: Any) -> list[Finding]:
+    """Say when transformers makes another tokenizer of tokenizer.json, as it does for some model types."""
+    path = folder / "tokenizer.json"
+    if not path.is_file() or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return []
+    plain = Tokenizer.from_file(str(path))
+    for text in PLAIN_TEXTS:
+        if plain.encode(text, add_special_tokens=False).ids != tokenizer.encode(text, add_special_tokens=False):
+            message = (
+                f"transformers reads tokenizer.json as {type(tokenizer).__name__} and splits text otherwise than the "
+                "file says: libraries that read the file itself give other ids."
+            )
+            remedy = "Save the tokenizer anew with transformers, if other libraries shall read it."
+            return [Finding("TOKENIZER_REPLACED", "info", path.name, message, remedy)]
+    return []
+
+
+def sample_problem(tokenizer: Any, template: str) -> list[Finding]:
+    """Render a short conversation; a template that fails on it fails on every request."""
+    if not template:
+        return []
+    try:
+        renderer(tokenizer)([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}])
+    except LoralineError as error:
+        return [from_error(error, "chat_template.jinja")]
+    return []
+
+
+@contextmanager
+def memory_limit(extra: int) -> Iterator[None]:
+    """Let the process grow by `extra` bytes at most; an expression such as `'a' * 10**12` then fails at once.
+
+    The time limit does not help there: one such step is a single call into C that no signal interrupts.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    if pages:
+        limit = pages * resource.getpagesize() + extra
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

@@ -208,6 +208,7 @@ class MergeRequest(_message.Message):
     MAX_ABS_LOGPROB_DIFF_FIELD_NUMBER: _builtins.int
     MAX_KL_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Same id and body: the same job. Same id, other body: ALREADY_EXISTS. Empty: a new job each time."""
     name: _builtins.str
@@ -224,6 +225,8 @@ class MergeRequest(_message.Message):
     """
     max_kl: _builtins.float
     """Refuse to publish above this mean KL divergence in nats; 0 means 0.01."""
+    density: _builtins.float
+    """TIES and DARE: share of each adapter's values that is kept; 0 means 0.5."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
         """The adapters; usually one."""
@@ -249,10 +252,11 @@ class MergeRequest(_message.Message):
         max_abs_logprob_diff: _builtins.float = ...,
         max_kl: _builtins.float = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        density: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "combine", b"combine", "dtype", b"dtype", "labels", b"labels", "max_abs_logprob_diff", b"max_abs_logprob_diff", "max_kl", b"max_kl", "merge_base", b"merge_base", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "combine", b"combine", "density", b"density", "dtype", b"dtype", "labels", b"labels", "max_abs_logprob_diff", b"max_abs_logprob_diff", "max_kl", b"max_kl", "merge_base", b"merge_base", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -382,6 +386,10 @@ class MergeResult(_message.Message):
     BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
     RECEIPT_ROWS_MATCHED_FIELD_NUMBER: _builtins.int
     MERGE_PATH_FIELD_NUMBER: _builtins.int
+    MERGE_BASE_FIELD_NUMBER: _builtins.int
+    MERGE_SECONDS_FIELD_NUMBER: _builtins.int
+    MEASURE_SECONDS_FIELD_NUMBER: _builtins.int
+    MERGE_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     merged_tensors: _builtins.int
     """Tensors merged."""
     bytes_written: _builtins.int
@@ -390,6 +398,14 @@ class MergeResult(_message.Message):
     """Rows of the token receipt rendered again with equal ids."""
     merge_path: _builtins.str
     """How it was merged: `streaming` or `peft`, and why."""
+    merge_base: Global___MergeBase.ValueType
+    """The base that the published weights were made from: ORIGINAL or DEQUANTIZED."""
+    merge_seconds: _builtins.float
+    """Seconds that writing the weights took, measurements not counted."""
+    measure_seconds: _builtins.float
+    """Seconds that the measurements took."""
+    merge_peak_bytes: _builtins.int
+    """Greatest anonymous memory of the job's process while the weights were written, in bytes; 0 where it is unknown."""
     @_builtins.property
     def model(self) -> _artifact_pb2.ArtifactRef:
         """The model."""
@@ -417,10 +433,14 @@ class MergeResult(_message.Message):
         bytes_written: _builtins.int = ...,
         receipt_rows_matched: _builtins.int = ...,
         merge_path: _builtins.str = ...,
+        merge_base: Global___MergeBase.ValueType = ...,
+        merge_seconds: _builtins.float = ...,
+        measure_seconds: _builtins.float = ...,
+        merge_peak_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_written", b"bytes_written", "measurements", b"measurements", "merge_path", b"merge_path", "merged_tensors", b"merged_tensors", "model", b"model", "receipt_rows_matched", b"receipt_rows_matched", "repairs", b"repairs", "synced_files", b"synced_files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_written", b"bytes_written", "measure_seconds", b"measure_seconds", "measurements", b"measurements", "merge_base", b"merge_base", "merge_path", b"merge_path", "merge_peak_bytes", b"merge_peak_bytes", "merge_seconds", b"merge_seconds", "merged_tensors", b"merged_tensors", "model", b"model", "receipt_rows_matched", b"receipt_rows_matched", "repairs", b"repairs", "synced_files", b"synced_files"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,12 +714,35 @@ class ExportModelRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     SYSTEM_PROMPT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    MAX_ABS_LOGPROB_DIFF_FIELD_NUMBER: _builtins.int
+    MAX_KL_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As in MergeRequest."""
     name: _builtins.str
@@ -708,6 +751,10 @@ class ExportModelRequest(_message.Message):
     """The format."""
     system_prompt: _builtins.str
     """System prompt to bake in, where the format has one."""
+    max_abs_logprob_diff: _builtins.float
+    """As in MergeRequest, against the model that is exported; 0 means 0.25 for 16 bits, 1 for Q8_0, 2 for FP8 and INT8."""
+    max_kl: _builtins.float
+    """As in MergeRequest; 0 means 0.01 for 16 bits, 0.02 for Q8_0, 0.1 for FP8 and INT8."""
     @_builtins.property
     def model(self) -> _artifact_pb2.ArtifactRef:
         """The model."""
@@ -715,6 +762,10 @@ class ExportModelRequest(_message.Message):
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
         """Parameters of the runtime, such as temperature."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels of the job."""
 
     def __init__(
         self,
@@ -725,10 +776,13 @@ class ExportModelRequest(_message.Message):
         format: Global___ExportFormat.ValueType = ...,
         system_prompt: _builtins.str = ...,
         parameters: _struct_pb2.Struct | None = ...,
+        max_abs_logprob_diff: _builtins.float = ...,
+        max_kl: _builtins.float = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model", b"model", "name", b"name", "parameters", b"parameters", "request_id", b"request_id", "system_prompt", b"system_prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "labels", b"labels", "max_abs_logprob_diff", b"max_abs_logprob_diff", "max_kl", b"max_kl", "model", b"model", "name", b"name", "parameters", b"parameters", "request_id", b"request_id", "system_prompt", b"system_prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -766,6 +820,13 @@ class ExportModelResult(_message.Message):
 
     EXPORT_FIELD_NUMBER: _builtins.int
     MEASUREMENTS_FIELD_NUMBER: _builtins.int
+    BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
+    GREATEST_WEIGHT_ERROR_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    bytes_written: _builtins.int
+    """Bytes of weights written."""
+    greatest_weight_error: _builtins.float
+    """Greatest difference of a stored weight from the model's."""
     @_builtins.property
     def export(self) -> _artifact_pb2.ArtifactRef:
         """The export."""
@@ -774,15 +835,22 @@ class ExportModelResult(_message.Message):
     def measurements(self) -> _containers.RepeatedCompositeFieldContainer[Global___MergeMeasurement]:
         """Measured against the model it came from."""
 
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was proven by reading back."""
+
     def __init__(
         self,
         *,
         export: _artifact_pb2.ArtifactRef | None = ...,
         measurements: _abc.Iterable[Global___MergeMeasurement] | None = ...,
+        bytes_written: _builtins.int = ...,
+        greatest_weight_error: _builtins.float = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["export", b"export"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["export", b"export", "measurements", b"measurements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_written", b"bytes_written", "export", b"export", "greatest_weight_error", b"greatest_weight_error", "measurements", b"measurements", "notes", b"notes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

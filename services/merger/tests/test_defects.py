@@ -1,0 +1,354 @@
+"""One table of defective model folders: each is found under its code, and mended where that is promised.
+
+The base is a sound folder. `no`: only found. `alone`: RepairModel mends it from the folder itself. `base`: it takes the
+base's file or value for it, so a base must be given.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from loraline.merger.check.findings import loadable
+from loraline.merger.check.folder import check_folder
+from loraline.merger.model_jobs import check_everything
+from loraline.merger.repair import repair_folder
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+Harm = Callable[[Path], None]
+
+
+def edit(file: str, **values: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / file
+        content = json.loads(path.read_text()) if path.exists() else {}
+        content.update(values)
+        path.write_text(json.dumps(content, indent=2))
+
+    return apply
+
+
+def drop(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def write(file: str, content: bytes) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / file).write_bytes(content)
+
+    return apply
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return apply
+
+
+def without(prefix: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            del tensors[name]
+
+    return change
+
+
+def one_more_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    token = {"id": 320, "content": "<|extra|>", "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append({**token, "normalized": False, "special": True})
+    path.write_text(json.dumps(content))
+
+
+def no_tokenizer_json(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"a sentencepiece model")
+
+
+def head_beside_norm(weight_map: dict[str, str]) -> None:
+    weight_map["lm_head.weight"] = weight_map["model.norm.weight"]
+
+
+def index_edit(change: Callable[[dict[str, str]], Any]) -> Harm:
+    def apply(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        change(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return apply
+
+
+def shard_renamed(folder: Path) -> None:
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.rename(shard.with_name("model-00099-of-00099.safetensors"))
+
+
+def shard_gone(folder: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def shard_doubled(folder: Path) -> None:
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    shutil.copyfile(first, first.with_name("model-00098-of-00099.safetensors"))
+
+
+def linked_out(name: str) -> Harm:
+    def apply(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return apply
+
+
+def in_turn(*harms: Harm) -> Harm:
+    def apply(folder: Path) -> None:
+        for harm in harms:
+            harm(folder)
+
+    return apply
+
+
+def resized(name: str, *shape: int) -> Harm:
+    return weights(lambda tensors: tensors.update({name: torch.zeros(*shape)}))
+
+
+CFG, GEN, TOK = "config.json", "generation_config.json", "tokenizer_config.json"
+LAYER = "model.layers.1."
+ATTENTION = f"{LAYER}self_attn."
+DRIFT = "CONFIG_DIFFERS_FROM_BASE"
+QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+# name -> (architecture, what makes the defect, the code that must be found, how it is mended)
+DEFECTS: dict[str, tuple[str, Harm, str, str]] = {
+    # Sizes in config.json against the tensors.
+    "vocabulary one more": ("llama", edit(CFG, vocab_size=321), "VOCAB_SIZE_MISMATCH", "alone"),
+    "vocabulary one less": ("llama", edit(CFG, vocab_size=319), "VOCAB_SIZE_MISMATCH", "alone"),
+    "vocabulary missing": ("qwen2", edit(CFG, vocab_size=None), "VOCAB_SIZE_MISMATCH", "alone"),
+    "hidden": ("llama", edit(CFG, hidden_size=64, head_dim=8), "HIDDEN_SIZE_MISMATCH", "alone"),
+    "hidden of gpt2": ("gpt2", edit(CFG, n_embd=64), "HIDDEN_SIZE_MISMATCH", "alone"),
+    "intermediate": ("llama", edit(CFG, intermediate_size=47), "INTERMEDIATE_SIZE_MISMATCH", "alone"),
+    "intermediate fused": ("phi3", edit(CFG, intermediate_size=49), "INTERMEDIATE_SIZE_MISMATCH", "alone"),
+    "intermediate of phi": ("phi", edit(CFG, intermediate_size=64), "INTERMEDIATE_SIZE_MISMATCH", "alone"),
+    "intermediate of opt": ("opt", edit(CFG, ffn_dim=64), "INTERMEDIATE_SIZE_MISMATCH", "alone"),
+    "intermediate of neox": ("gpt-neox", edit(CFG, intermediate_size=64), "INTERMEDIATE_SIZE_MISMATCH", "alone"),
+    "layers too many": ("llama", edit(CFG, num_hidden_layers=3), "LAYER_COUNT_MISMATCH", "alone"),
+    "layers too few": ("llama", edit(CFG, num_hidden_layers=1), "LAYER_COUNT_MISMATCH", "alone"),
+    "layers of gpt2": ("gpt2", edit(CFG, n_layer=3), "LAYER_COUNT_MISMATCH", "alone"),
+    "layers of neox": ("gpt-neox", edit(CFG, num_hidden_layers=4), "LAYER_COUNT_MISMATCH", "alone"),
+    "heads": ("llama", edit(CFG, num_attention_heads=8, head_dim=8), "ATTENTION_HEADS_MISMATCH", "base"),
+    "heads missing": ("llama", edit(CFG, num_attention_heads=None), "HEADS_MISSING", "base"),
+    "heads fused": ("phi3", edit(CFG, num_key_value_heads=4), "ATTENTION_HEADS_MISMATCH", "base"),
+    "kv heads": ("llama", edit(CFG, num_key_value_heads=4), "KV_HEADS_MISMATCH", "alone"),
+    "kv heads missing": ("llama", edit(CFG, num_key_value_heads=None), "KV_HEADS_MISMATCH", "alone"),
+    "head dim": ("llama", edit(CFG, head_dim=16), "ATTENTION_HEADS_MISMATCH", "base"),
+    "head dim of qwen3": ("qwen3", edit(CFG, head_dim=8), "ATTENTION_HEADS_MISMATCH", "base"),
+    "experts": ("mixtral", edit(CFG, num_local_experts=8), "EXPERT_COUNT_MISMATCH", "alone"),
+    "experts of qwen": ("qwen3-moe", edit(CFG, num_local_experts=3), "EXPERT_COUNT_MISMATCH", "alone"),
+    "expert width": ("qwen3-moe", edit(CFG, moe_intermediate_size=24), "EXPERT_SIZE_MISMATCH", "alone"),
+    "experts per token": ("mixtral", edit(CFG, num_experts_per_tok=9), "EXPERTS_PER_TOKEN_INVALID", "base"),
+    "untied without head": ("llama", weights(without("lm_head.weight")), "TIE_WORD_EMBEDDINGS_MISMATCH", "alone"),
+    "tied said untied": ("qwen2", edit(CFG, tie_word_embeddings=False), "TIE_WORD_EMBEDDINGS_MISMATCH", "alone"),
+    "untied said tied": ("llama", edit(CFG, tie_word_embeddings=True), "HEAD_IGNORED", "base"),
+    "head of another size": ("llama", resized("lm_head.weight", 319, 32), "LM_HEAD_MISMATCH", "no"),
+    # Tensors.
+    "tensor missing": ("llama", weights(without(f"{LAYER}mlp.up_proj.weight")), "MISSING_TENSOR", "no"),
+    "layer missing": ("llama", weights(without("model.layers.0.")), "MISSING_LAYER", "no"),
+    "norm missing": ("llama", weights(without("model.norm.weight")), "MISSING_TENSOR", "no"),
+    "shape off by one": ("llama", resized(f"{ATTENTION}o_proj.weight", 32, 31), "TENSOR_SHAPE_MISMATCH", "no"),
+    "truncated": ("llama", lambda f: write(WEIGHTS, (f / WEIGHTS).read_bytes()[:-9])(f), "CORRUPT_WEIGHTS", "no"),
+    "garbage": ("llama", write(WEIGHTS, b"\xff" * 64), "CORRUPT_WEIGHTS", "no"),
+    "no weights": ("llama", drop(WEIGHTS), "NO_SAFETENSORS", "no"),
+    "pickle beside": ("llama", write("pytorch_model.bin", b"\x80\x04."), "PICKLE_WEIGHTS", "no"),
+    "pickle alone": (
+        "llama", in_turn(write("pytorch_model.bin", b"\x80\x04."), drop(WEIGHTS)), "PICKLE_WEIGHTS", "no",
+    ),
+    "link out of the folder": ("llama", linked_out(WEIGHTS), "UNSAFE_PATH", "no"),
+    # Index and shards.
+    "unsafe index": ("llama", write(INDEX, b'{"weight_map": {"a": "../model.safetensors"}}'), "UNSAFE_PATH", "no"),
+    "index to nothing": ("llama", write(INDEX, b'{"weight_map": {"a": "b.safetensors"}}'), "MISSING_SHARD", "no"),
+    "index to a pickle": ("llama", write(INDEX, b'{"weight_map": {"a": "b.bin"}}'), "PICKLE_WEIGHTS", "no"),
+    "broken index": ("llama", write(INDEX, b"{}"), "INDEX_UNREADABLE", "no"),
+    "index to another name": (
+        "llama", write(INDEX, b'{"weight_map": {"a": "model.safetensors"}}'), "INDEX_MISMATCH", "alone",
+    ),
+    "index lacks a tensor": ("sharded", index_edit(lambda m: m.pop("lm_head.weight")), "INDEX_MISMATCH", "alone"),
+    "index swaps shards": ("sharded", index_edit(head_beside_norm), "INDEX_MISMATCH", "alone"),
+    "shard gone": ("sharded", shard_gone, "MISSING_SHARD", "no"),
+    "shard renamed": ("sharded", shard_renamed, "MISSING_SHARD", "no"),
+    "shard twice": ("sharded", shard_doubled, "INDEX_MISMATCH", "no"),
+    # config.json and generation_config.json.
+    "left over quantisation": ("llama", edit(CFG, quantization_config=QUANTISED), "QUANTIZATION_LEFT_OVER", "alone"),
+    "no architecture": ("llama", edit(CFG, architectures=None), "ARCHITECTURES_MISSING", "base"),
+    "remote code": ("llama", edit(CFG, auto_map={"AutoConfig": "x.Y"}), "REMOTE_CODE", "base"),
+    "model type unknown": ("llama", edit(CFG, model_type="nothing"), "CONFIG_NOT_LOADABLE", "base"),
+    "no config": ("llama", drop(CFG), "FILE_MISSING", "base"),
+    "broken config": ("llama", write(CFG, b"{"), "FILE_UNREADABLE", "base"),
+    "broken generation config": ("llama", write(GEN, b"[]"), "FILE_UNREADABLE", "base"),
+    "rope of another base": ("llama", edit(CFG, rope_parameters={"rope_theta": 1.0}), DRIFT, "base"),
+    # Tokenizer.
+    "broken tokenizer": ("llama", write("tokenizer.json", b"{"), "FILE_UNREADABLE", "base"),
+    "no tokenizer": ("llama", drop("tokenizer.json"), "TOKENIZER_MISSING", "base"),
+    "broken tokenizer config": ("llama", write(TOK, b"nothing"), "FILE_UNREADABLE", "base"),
+    "unnamed vocabulary": ("llama", no_tokenizer_json, "TOKENIZER_MODEL_UNNAMED", "alone"),
+    "vocabulary named elsewhere": ("llama", edit(TOK, vocab_file="/home/t.model"), "TOKENIZER_FILE_MISSING", "alone"),
+    "tokenizer file not there": ("llama", edit(TOK, tokenizer_file="t.json"), "TOKENIZER_FILE_MISSING", "alone"),
+    "unknown class": ("llama", edit(TOK, tokenizer_class="TokenizersBackend"), "TOKENIZER_CLASS_UNKNOWN", "alone"),
+    "blank eos": ("llama", edit(TOK, eos_token=" "), "EOS_TOKEN_BLANK", "alone"),
+    "empty eos": ("llama", edit(TOK, eos_token=""), "EOS_TOKEN_BLANK", "alone"),
+    "newline eos": ("qwen2", edit(TOK, eos_token="\n"), "EOS_TOKEN_BLANK", "alone"),
+    "blank eos object": ("llama", edit(TOK, eos_token={"content": ""}), "EOS_TOKEN_BLANK", "alone"),
+    "blank eos in map": ("llama", edit("special_tokens_map.json", eos_token="\t"), "EOS_TOKEN_BLANK", "alone"),
+    "no eos at all": (
+        "llama", in_turn(edit(TOK, eos_token=None), *(edit(f, eos_token_id=None) for f in (CFG, GEN))),
+        "EOS_TOKEN_MISSING", "no",
+    ),
+    "eos of many tokens": ("llama", edit(TOK, eos_token="<eos> of"), "SPECIAL_TOKEN_NOT_SINGLE", "base"),
+    "pad of many tokens": ("llama", edit(TOK, pad_token="[PAD]"), "SPECIAL_TOKEN_NOT_SINGLE", "base"),
+    "added special of many": (
+        "llama", edit(TOK, additional_special_tokens=["<|tool|>"]), "SPECIAL_TOKEN_NOT_SINGLE", "base",
+    ),
+    "token beyond the embedding": ("llama", one_more_token, "TOKEN_ID_OUT_OF_RANGE", "base"),
+    "added token beyond": (
+        "llama", write("added_tokens.json", b'{"<|x|>": 400}'), "TOKEN_ID_OUT_OF_RANGE", "base",
+    ),
+    # Ids.
+    "eos beyond the embedding": ("llama", edit(GEN, eos_token_id=[2, 999]), "TOKEN_ID_OUT_OF_RANGE", "alone"),
+    "pad of -1": ("llama", edit(CFG, pad_token_id=-1), "TOKEN_ID_OUT_OF_RANGE", "alone"),
+    "bos beyond": ("llama", edit(CFG, bos_token_id=128000), "TOKEN_ID_OUT_OF_RANGE", "alone"),
+    "other eos": ("llama", edit(GEN, eos_token_id=0), "EOS_IDS_DISAGREE", "alone"),
+    "other eos, config only": ("llama", in_turn(drop(GEN), edit(CFG, eos_token_id=7)), "EOS_IDS_DISAGREE", "alone"),
+    "other pad": ("llama", edit(GEN, pad_token_id=5), "PAD_IDS_DISAGREE", "alone"),
+    "other pad in config": ("gpt2", edit(CFG, pad_token_id=5), "PAD_IDS_DISAGREE", "alone"),
+    "other bos": (
+        "llama", in_turn(edit(TOK, bos_token="<|im_start|>"), edit(CFG, bos_token_id=9)), "BOS_IDS_DISAGREE", "alone",
+    ),
+    # Chat template.
+    "no template": ("llama", drop("chat_template.jinja"), "CHAT_TEMPLATE_MISSING", "base"),
+    "template that does not parse": ("llama", write("chat_template.jinja", b"{% for"), "CHAT_TEMPLATE_FAILED", "no"),
+    "template that reaches out": (
+        "llama", write("chat_template.jinja", b"{{ messages.__class__.__mro__ }}"), "CHAT_TEMPLATE_FAILED", "no",
+    ),
+    "template that takes all memory": (
+        "llama", write("chat_template.jinja", b"{{ ('x' * 10000000000) | length }}"), "CHAT_TEMPLATE_FAILED", "no",
+    ),
+}  # fmt: skip
+COMBINATIONS = {
+    "ids and sizes": ["blank eos", "vocabulary one more", "other pad", "unknown class", "left over quantisation"],
+    "copied by hand": ["unnamed vocabulary", "blank eos", "layers too many"],
+    "the second seed's folder": ["vocabulary one less", "blank eos", "tokenizer file not there", "intermediate"],
+    "sizes all at once": ["hidden", "intermediate", "layers too few", "vocabulary one more"],
+    "ids all at once": ["eos beyond the embedding", "pad of -1", "bos beyond"],
+    "quantised and too deep": ["left over quantisation", "layers too many", "kv heads"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, shared_base) -> Callable[[str], Path]:
+    """Return a function that gives a writable copy of a sound folder."""
+
+    def get(architecture: str, name: str = "copy") -> Path:
+        return shutil.copytree(sound(shared_base, architecture), tmp_path / name)
+
+    return get
+
+
+def sound(shared_base: Any, architecture: str) -> Path:
+    if architecture == "sharded":
+        return shared_base("llama", shard="20KB")
+    return shared_base(architecture)
+
+
+def codes(folder: Path, base: Path | None = None) -> list[str]:
+    return [finding.code for finding in check_everything(folder, base)]
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects(folder, shared_base, defect, monkeypatch):
+    architecture, harm, code, mended = DEFECTS[defect]
+    broken, base = folder(architecture), sound(shared_base, architecture)
+    harm(broken)
+    given = base if mended == "base" else None
+    found = [finding for finding in check_everything(broken, given) if finding.code == code]
+    assert found, codes(broken, given)
+    assert all(finding.message and finding.remedy for finding in found)
+    repair_folder(broken, given)
+    assert (code in codes(broken, given)) == (mended == "no"), check_everything(broken, given)
+    if mended != "no":
+        assert loadable(check_folder(broken))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_several_defects_at_once(folder, combination):
+    broken = folder("llama")
+    for defect in COMBINATIONS[combination]:
+        DEFECTS[defect][1](broken)
+    repaired = {finding.code for finding in repair_folder(broken)}
+    assert {DEFECTS[defect][2] for defect in COMBINATIONS[combination]} <= repaired
+    assert check_folder(broken) == []
+
+
+# A merge that copies these folders' files as they are gives models that transformers refuses or that answer otherwise.
+BREAKS_ANSWERS = [
+    name for name, (architecture, _, code, mended) in DEFECTS.items()
+    if mended in ("alone", "base") and architecture == "llama"
+    and code in ("VOCAB_SIZE_MISMATCH", "INTERMEDIATE_SIZE_MISMATCH", "LAYER_COUNT_MISMATCH", "KV_HEADS_MISMATCH",
+                 "HIDDEN_SIZE_MISMATCH", "ATTENTION_HEADS_MISMATCH", "FILE_MISSING", "FILE_UNREADABLE",
+                 "TOKENIZER_MISSING", "CONFIG_NOT_LOADABLE", "CONFIG_DIFFERS_FROM_BASE")
+    and "generation" not in name
+]  # fmt: skip
+CONVERSATION = [{"role": "user", "content": "Where is the boat?"}]
+
+
+@pytest.mark.parametrize("defect", BREAKS_ANSWERS)
+def test_fails_in_transformers_before_and_works_after(folder, shared_base, defect):
+    architecture, harm, _, mended = DEFECTS[defect]
+    broken, base = folder(architecture), sound(shared_base, architecture)
+    expected = answer(base)
+    harm(broken)
+    assert not works(broken, expected)
+    assert repair_folder(broken, base if mended == "base" else None)
+    assert works(broken, expected)
+
+
+def answer(folder: Path) -> torch.Tensor:
+    """Render a conversation with the folder's tokenizer and return the model's logits."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False, add_generation_prompt=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    assert not info["missing_keys"]
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits
+
+
+def works(folder: Path, expected: torch.Tensor) -> bool:
+    try:
+        logits = answer(folder)
+    except Exception:  # transformers and tokenizers raise many kinds
+        return False
+    return logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("defect", ["blank eos", "other eos", "newline eos"])
+def test_endless_answers_end_after_repair(folder, defect):
+    """A blank or wrong end token leaves generation without its stop: the ids must hold the trained end after repair."""
+    broken = folder(DEFECTS[defect][0])
+    DEFECTS[defect][1](broken)
+    repair_folder(broken)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(broken)
+    config = transformers.GenerationConfig.from_pretrained(broken)
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id in stops
