@@ -2,7 +2,7 @@
 
 `python benchmarks/datagen/quality.py [ROWS]`. Every measurement runs in a process of its own, whose largest resident
 set is read when it ends; memory is flat when ten times the rows need little more. Near duplicates are measured beside
-datasketch's own in-memory index (MinHashLSH) on the same rows; what that finds are candidates, not compared any further.
+datasketch's own in-memory index (MinHashLSH) on the same rows; what that finds are candidates, compared no further.
 """
 
 from __future__ import annotations
