@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1.datagen_pb2 import GenerateDatasetRequest
+from loraline.api.inference.v1 import inference_pb2
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
-from loraline.client import JobNotSuccessful
+from loraline.client import AsyncLoraline, JobNotSuccessful
 from loraline.client.pipeline.document import SpecError, read_yaml
 from loraline.client.pipeline.identity import request_id
 from loraline.client.pipeline.plan import plan
 from loraline.client.pipeline.reading import read_pipeline
 from loraline.client.pipeline.report import marked_share
 from loraline.client.pipeline.run import PipelineRun, StageFailed
+from loraline.client.pipeline.serving import watched
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "persona" / "pipeline.yaml"
 
@@ -252,3 +256,32 @@ def test_files_that_would_explode_are_refused(tmp_path, text):
     with pytest.raises(SpecError) as refused:
         read_yaml(file)
     assert str(file) in str(refused.value)
+
+
+async def test_a_long_load_shows_its_phase_and_the_time():
+    phases = iter(["Loading model/m: starting.", "Loading model/m: starting.", "Loading model/m: first token."])
+    loaded = asyncio.Event()
+
+    class Inference:
+        async def capabilities(self):
+            phase = next(phases, "")
+            if not phase:
+                loaded.set()
+            return inference_pb2.GetCapabilitiesResponse(not_ready_because=phase)
+
+    class Client:
+        inference = Inference()
+
+    async def load() -> str:
+        await loaded.wait()
+        return "served"
+
+    observer, client = Silent(), cast(AsyncLoraline, Client())
+    assert await watched(load(), "loading m", client, observer, 0.05) == "served"
+    assert re.fullmatch(r"serve: Loading model/m: starting \(\d+ s\)", observer.remarks[0])
+    assert any("first token" in remark for remark in observer.remarks)
+    assert observer.remarks[-1].startswith("serve: still loading m (")
+    failing = asyncio.get_running_loop().create_future()
+    failing.set_exception(ValueError("no"))
+    with pytest.raises(ValueError, match="no"):
+        await watched(failing, "loading m", client, observer, 0.05)

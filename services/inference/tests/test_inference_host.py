@@ -333,6 +333,7 @@ async def test_a_load_that_failed_for_good_is_not_called_loading(
         host.serving()
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "MODEL_NOT_READY")
     assert caught.value.retry_after is not None
+    await until(lambda: "starting" in host.why_not_ready or "out of memory" in host.why_not_ready)  # the phase
     await until(lambda: "out of memory" in host.why_not_ready)
     with pytest.raises(LoralineError) as caught:
         await answer(host)

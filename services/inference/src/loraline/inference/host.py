@@ -208,7 +208,7 @@ class ModelHost:
             self._serving = None
             await before.engine.stop()
         try:
-            serving = await start_serving(base, name, choice, self.settings, self._library, self._metrics)
+            serving = await self._start(base, name, choice)
         except BaseException as error:
             why = str(error) or f"Loading {base.described} was given up."
             self._readiness.failed(why, getattr(error, "reason", ""))
@@ -220,13 +220,17 @@ class ModelHost:
         await self._remember(serving)
         return serving
 
+    async def _start(self, base: LocalBase, name: str, choice: EngineChoice) -> Serving:
+        def phase(text: str) -> None:
+            self._readiness.loading(f"Loading {base.described}: {text}.")
+
+        return await start_serving(base, name, choice, self.settings, self._library, self._metrics, phase)
+
     async def _go_back(self, before: Serving, choice: EngineChoice) -> None:
         _log.warning("serving_model_before", model=before.base.described)
         adapters = [format_ref(adapter.ref) for adapter in before.adapters.list()]
         with suppress(LoralineError):
-            self._serving = await start_serving(
-                before.base, before.name, choice, self.settings, self._library, self._metrics
-            )
+            self._serving = await self._start(before.base, before.name, choice)
             await self._load_adapters(self._serving, adapters)
             self._readiness.ready()
 

@@ -56,5 +56,6 @@ class Readiness:
         return error
 
     def _set(self, state: State, why: str) -> None:
+        if state != self.state:  # the phases of one load are one wait
+            self._since = time.monotonic()
         self.state, self._why, self._cause = state, why, ""
-        self._since = time.monotonic()

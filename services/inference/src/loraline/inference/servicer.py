@@ -136,6 +136,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_tokens=limits.max_tokens,
             max_model_len=limits.max_model_len,
             max_loaded_adapters=limits.max_loaded_adapters,
+            not_ready_because=self._host.why_not_ready,
         )
         if not self._host.why_not_ready:
             describe_engine(answer, self._host.serving())

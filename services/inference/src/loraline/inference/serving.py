@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -90,18 +90,24 @@ async def start_serving(
     settings: InferenceSettings,
     library: ArtifactLibrary,
     metrics: InferenceMetrics,
+    phase: Callable[[str], None],
 ) -> Serving:
     """Start an engine on a base model and see it generate a token; a merged model's evidence is checked too.
 
-    Raises MODEL_LOAD_FAILED, RECEIPT_MISMATCH or PROOF_FAILED; nothing is left running then.
+    `phase` is told what is being done, in words. Raises MODEL_LOAD_FAILED, RECEIPT_MISMATCH or PROOF_FAILED; nothing is
+    left running then.
     """
     begun = time.monotonic()
+    phase("reading the tokenizer")
     chat_format = await asyncio.to_thread(ChatFormat.load, base.folder, trust_remote_code=base.spec.trust_remote_code)
     engine = choice.create()
     options = settings.engine_options(trust_remote_code=base.spec.trust_remote_code)
     try:
+        phase(f"starting {choice.name} and bringing the weights into memory")
         await engine.start(base.folder, options)
+        phase("generating the first token")
         await generate_one_token(engine, chat_format)
+        phase("proving a merged model's answers")
         evidence = await asyncio.to_thread(read_evidence, base.folder)
         proof = await prove_merged(engine, chat_format, evidence, base.described) if evidence else None
     except BaseException as error:

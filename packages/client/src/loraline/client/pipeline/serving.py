@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.inference.v1 import inference_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.aio import AsyncLoraline
+from loraline.client.errors import LoralineApiError
 from loraline.client.pipeline.plan import describe_base
 from loraline.client.pipeline.report import AskedPrompt, Observer, StageOutcome
 from loraline.client.pipeline.spec import AskSpec
@@ -16,6 +19,9 @@ from loraline.client.resources.inference import Answer
 
 AT_ONCE = 4
 """Questions asked at the same time."""
+LOOK_SECONDS = 5.0
+"""How often the server is asked what it is doing while it loads."""
+T = TypeVar("T")
 
 
 async def serve(
@@ -43,8 +49,9 @@ async def _serve_base(
     now = (await client.inference.capabilities()).base  # empty while no model is loaded
     if base.artifact.digest and now.artifact.digest == base.artifact.digest:
         return now, True
-    observer.remark("serve", f"loading {describe_base(base)} into the engine")
-    return await client.inference.load_model(base), False
+    what = f"loading {describe_base(base)} into the engine"
+    observer.remark("serve", what)
+    return await watched(client.inference.load_model(base), what, client, observer), False
 
 
 async def _serve_adapter(
@@ -53,8 +60,34 @@ async def _serve_adapter(
     for model in await client.inference.models():
         if model.artifact.digest == adapter.digest and alias in model.aliases and model.HasField("proof"):
             return model, True
-    observer.remark("serve", f"loading {adapter.name}:v{adapter.version} and proving that it is what answers")
-    return (await client.inference.set_alias(adapter, alias)).model, False
+    what = f"loading {adapter.name}:v{adapter.version} and proving that it is what answers"
+    observer.remark("serve", what)
+    return (await watched(client.inference.set_alias(adapter, alias), what, client, observer)).model, False
+
+
+async def watched(
+    call: Awaitable[T], what: str, client: AsyncLoraline, observer: Observer, look_seconds: float = LOOK_SECONDS
+) -> T:
+    """Await a call of minutes; tell what the server says it is doing when that changes, else now and then the time."""
+    started, told, tell_after = time.monotonic(), "", 2 * look_seconds
+    work = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({work}, timeout=look_seconds))[0]:
+            elapsed = time.monotonic() - started
+            phase = await _phase(client)
+            if phase != told or elapsed >= tell_after:
+                observer.remark("serve", f"{phase or f'still {what}'} ({elapsed:.0f} s)")
+                told, tell_after = phase, elapsed * 2
+        return await work
+    finally:
+        work.cancel()
+
+
+async def _phase(client: AsyncLoraline) -> str:
+    try:
+        return (await client.inference.capabilities()).not_ready_because.rstrip(".")
+    except LoralineApiError:
+        return ""  # the call itself will say what is wrong
 
 
 async def ask(client: AsyncLoraline, spec: AskSpec, who: dict[str, str]) -> list[AskedPrompt]:

@@ -956,6 +956,7 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     MAX_LOADED_ADAPTERS_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
+    NOT_READY_BECAUSE_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Engine: `vllm` or `transformers`."""
     engine_version: _builtins.str
@@ -970,6 +971,8 @@ class GetCapabilitiesResponse(_message.Message):
     """Adapters held in the engine at once."""
     chat_template_sha256: _builtins.str
     """SHA-256 of the chat template in use, 64 hex digits."""
+    not_ready_because: _builtins.str
+    """Why requests are not answered now, with the phase of a load that is under way; empty when they are."""
     @_builtins.property
     def contract(self) -> _trainer_pb2.ServingContract:
         """What an adapter must fit."""
@@ -990,10 +993,11 @@ class GetCapabilitiesResponse(_message.Message):
         max_model_len: _builtins.int = ...,
         max_loaded_adapters: _builtins.int = ...,
         chat_template_sha256: _builtins.str = ...,
+        not_ready_because: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "contract", b"contract"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "chat_template_sha256", b"chat_template_sha256", "contract", b"contract", "engine", b"engine", "engine_version", b"engine_version", "max_loaded_adapters", b"max_loaded_adapters", "max_model_len", b"max_model_len", "max_n", b"max_n", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "chat_template_sha256", b"chat_template_sha256", "contract", b"contract", "engine", b"engine", "engine_version", b"engine_version", "max_loaded_adapters", b"max_loaded_adapters", "max_model_len", b"max_model_len", "max_n", b"max_n", "max_tokens", b"max_tokens", "not_ready_because", b"not_ready_because"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
