@@ -182,3 +182,12 @@ def test_the_page_stands_alone(name: str) -> None:
     assert "nan" not in re.findall(r'points="([^"]*)"', answer.html).__str__()
     assert len(answer.loss_curve) == STEPS
     assert {reason.code for reason in answer.reasons} >= {"NO_EVALUATION"} or history.evaluations
+
+
+def test_advice_does_not_contradict_itself() -> None:
+    """An overfit run whose training loss is still high is not told to train longer."""
+    history = curve(falling(1.5), evaluation=lambda share: 5.0 + share)
+    judgement = judge(history)
+    assert judgement.verdict == pb.VERDICT_OVERFIT
+    remedies = " ".join(sign.remedy for sign in judgement.signs if not sign.passed)
+    assert "Go on training" not in remedies and "Continue the run" not in remedies

@@ -30,11 +30,11 @@ def html_page(title: str, judgement: Judgement, history: History, patch: Mapping
     mark, words = _WORDS[judgement.verdict]
     parts = [f'<div class="card"><p><span class="mark {mark}">{escape(name)}</span> — {escape(words)}</p></div>']
     parts.append(section("Loss, in nats per token", _losses(history)))
-    parts.extend(_others(history))
     parts.append(section("What was seen", "".join(_shown(sign) for sign in judgement.signs)))
     if patch:
         settings = json.dumps(patch, indent=2, ensure_ascii=False)
         parts.append(section("Run next with", f"<pre>{escape(settings)}</pre>"))
+    parts.extend(_others(history))
     steps = history.points[-1].step
     subtitle = f"{steps} steps" + (f", {history.epochs:.1f} epochs" if history.epochs else "")
     return page(title, subtitle, parts)

@@ -17,6 +17,7 @@ _RISE = 1.1
 """A loss that ends a tenth above its lowest stretch, or an evaluation loss 5 % above its lowest, has turned."""
 _EVALUATION_RISE = 1.05
 _ADVISED_ROWS = 500
+_MORE_DATA = "The evaluation loss has turned, so that more steps only teach these rows by heart: add rows first."
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,7 @@ def overfit(history: History, facts: Facts) -> Sign | None:
         f"The evaluation loss was lowest ({best:.3f}) at step {best_step} and ends at {last:.3f}, while the training "
         f"loss fell to {mean_loss(history.tail):.3f}: the rows are learned by heart."
     )
-    remedy = (
-        "Train for fewer epochs, add rows, or set dropout 0.05; a character that shall repeat its lines may stay so."
-    )
+    remedy = "Train for fewer epochs, add rows, or set dropout 0.05; a character may well know its lines by heart."
     return Sign("EVAL_LOSS_RISES", False, message, remedy, pb.VERDICT_OVERFIT)
 
 
@@ -153,6 +152,7 @@ def loss_level(history: History, facts: Facts) -> Sign | None:
         return Sign("FINAL_LOSS", True, message)
     verdict = pb.VERDICT_FAIR if band == "fair" else pb.VERDICT_UNDERTRAINED
     remedy = "Go on training until it is between 0.1 and 0.3; continue the run instead of starting anew."
+    remedy = _MORE_DATA if overfit(history, facts) else remedy
     return Sign("FINAL_LOSS", False, message, remedy, verdict)
 
 
@@ -166,7 +166,8 @@ def accuracy_level(history: History, facts: Facts) -> Sign | None:
     if band in ("excellent", "good"):
         return Sign("TOKEN_ACCURACY", True, message)
     verdict = pb.VERDICT_FAIR if band == "fair" else pb.VERDICT_UNDERTRAINED
-    return Sign("TOKEN_ACCURACY", False, message, "Go on training until it is above 0.9.", verdict)
+    remedy = _MORE_DATA if overfit(history, facts) else "Go on training until it is above 0.9."
+    return Sign("TOKEN_ACCURACY", False, message, remedy, verdict)
 
 
 def still_falling(history: History, facts: Facts) -> Sign | None:
@@ -180,7 +181,8 @@ def still_falling(history: History, facts: Facts) -> Sign | None:
     if fall < 0.1:
         return Sign("SETTLED", True, "The loss has settled.")
     message = f"The loss fell by {fall:.0%} over the last third: it had not settled."
-    return Sign("STILL_FALLING", False, message, "Continue the run for more epochs.")
+    remedy = _MORE_DATA if overfit(history, facts) else "Continue the run for more epochs."
+    return Sign("STILL_FALLING", False, message, remedy)
 
 
 def unsteady(history: History, facts: Facts) -> Sign | None:
