@@ -14,8 +14,9 @@ import pytest
 from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_ADAPTER, ArtifactRef
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core import hub
 from loraline.core.errors import LoralineError
-from loraline.trainer import checkpoints, hub
+from loraline.trainer import checkpoints
 from loraline.trainer.base_models import resolve_base
 from loraline.trainer.runs import refuse_existing, run_of
 from loraline.trainer.spec import resolve, servability_problems, training_spec

@@ -112,6 +112,9 @@ async def test_a_plan_counts_and_warns(service: TrainerServicer, dataset: ap.Art
     assert plan.total_steps == 10
     assert plan.resolved.parameters.lora.alpha == 32
     assert plan.memory_bytes["weights_on_disk"] == (small_base / "model.safetensors").stat().st_size
+    assert plan.memory_bytes["total"] > plan.memory_bytes["weights_on_disk"]
+    hardware = [check for check in plan.checks if check.code in ("NO_GPU", "HARDWARE", "MEMORY")]
+    assert len(hardware) == 1 and "GB" in hardware[0].message
     asked.serving_contract.vocab_size = 10
     refused_plan = await service.PlanRun(pb.PlanRunRequest(run=asked), NO_CONTEXT)
     assert not refused_plan.ok

@@ -13,11 +13,11 @@ from google.protobuf import json_format
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core import hub
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import failed_precondition
 from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.handlers import StopRequested
-from loraline.trainer import hub
 from loraline.trainer.base_models import ResolvedBase, resolve_base
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import bring_checkpoint, drop_earlier_checkpoints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from loraline.api.job.v1 import job_pb2
@@ -13,6 +14,8 @@ from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
 from loraline.trainer.base_models import check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
+from loraline.trainer.hardware import look
+from loraline.trainer.memory_estimate import estimate
 from loraline.trainer.rows import LoadedDataset, load_dataset, mix
 from loraline.trainer.runs import refuse_existing
 from loraline.trainer.spec import TrainingSpec, resolve, servability_problems, training_spec
@@ -35,6 +38,8 @@ def plan(
         checks.append(_count(datasets, request, spec, answer))
     folder = _attempt(checks, "BASE_MODEL", "", lambda: _base_folder(request, platform, settings))
     vocab = _measure(folder, answer, checks) if folder is not None else 0
+    if spec is not None:
+        checks.append(_hardware(folder, spec, answer))
     problems = servability_problems(request, vocab_size=vocab)
     if problems:
         remedy = "Change the run, or the server's settings."
@@ -107,6 +112,36 @@ def _measure(folder: Path, answer: pb.PlanRunResponse, checks: list[pb.PlanCheck
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     checks.append(_passed("BASE_MODEL", f"{config.get('model_type', 'model')}, {size / 1e6:.1f} MB of weights."))
     return int(config.get("vocab_size") or 0)
+
+
+def _hardware(folder: Path | None, spec: TrainingSpec, answer: pb.PlanRunResponse) -> pb.PlanCheck:
+    """Compare what the run needs with what the machine has, and fill in the estimate."""
+    machine = look()
+    place, room = (f"GPU {machine.gpu}", machine.gpu_memory) if machine.gpu else ("the CPU's memory", machine.memory)
+    parts: dict[str, int] = {}
+    if folder is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        on_cpu = replace(spec, dtype=spec.dtype or ("" if machine.gpu else "fp32"))
+        parts = estimate(config, answer.memory_bytes["weights_on_disk"], on_cpu)
+        answer.memory_bytes.update(parts)
+    needed = parts.get("total", 0)
+    facts = (
+        f"About {needed / 1e9:.2f} GB needed, {room / 1e9:.1f} GB on {place}." if needed and room else f"On {place}."
+    )
+    if needed and room and needed > room:
+        remedy = (
+            "In this order: lower parameters.max_length, lower parameters.batch_size and raise parameters.grad_accum "
+            "by as much, set parameters.gradient_checkpointing, set parameters.quantization QUANTIZATION_NF4."
+        )
+        return _warning("MEMORY", facts, remedy)
+    if not machine.gpu:
+        remedy = "A CPU trains toy models; for others take a machine with a GPU."
+        return _warning("NO_GPU", f"There is no GPU. {facts}", remedy)
+    return _passed("HARDWARE", facts)
+
+
+def _warning(code: str, message: str, remedy: str) -> pb.PlanCheck:
+    return pb.PlanCheck(code=code, severity=job_pb2.SEVERITY_WARNING, passed=False, message=message, remedy=remedy)
 
 
 def _passed(code: str, message: str) -> pb.PlanCheck:
