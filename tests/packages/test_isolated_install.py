@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from loraline.core.serving.addresses import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("datagen", "trainer", "merger", "inference")
@@ -100,20 +101,14 @@ def test_installs_alone_and_stays_light(environment: Environment, name: str) -> 
     environment.run(f"import loraline.{name if name != 'api' else 'api.job.v1.job_pb2'}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def _service(environment: Environment, stage: str, data: Path) -> Iterator[int]:
-    port = _free_port()
+    port = free_port()
     settings = {
         "LORALINE_DATA_DIR": str(data),
         "LORALINE_LISTEN": f"127.0.0.1:{port}",
         "LORALINE_METRICS_LISTEN": "",
-        "LORALINE_INFERENCE_HTTP_LISTEN": f"127.0.0.1:{_free_port()}",
+        "LORALINE_INFERENCE_HTTP_LISTEN": f"127.0.0.1:{free_port()}",
     }
     log = (data.parent / f"{stage}.log").open("w")
     process = subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from loraline.core.serving.addresses import free_port
 
 STAGES = ("datagen", "trainer", "merger", "inference")
 START_SECONDS = 90
@@ -32,12 +33,6 @@ class Deployment:
 
     def log(self, process: str) -> str:
         return (self.folder / f"{process}.log").read_text(errors="replace")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _clean_environment() -> dict[str, str]:

@@ -194,9 +194,9 @@ async def convert_work(platform, job, request):
 
 
 async def tiny_work(platform, job, request):
-    slow = request.steps == 999
-    for step in range(100 if slow else 4):
-        await platform.progress(job, step + 1, 100 if slow else 4, 0.6 if slow else 0.01)
+    steps, seconds = (100, 0.6) if request.steps == 999 else (4, 0.01)
+    for step in range(steps):
+        await platform.progress(job, step + 1, steps, seconds)
     files = {"config.json": b"{}", "model.safetensors": b"x" * 3_000_000, "empty.txt": b""}
     return artifact_pb2.ARTIFACT_KIND_MODEL, request.name or "tiny", files, (trainer_pb2.ModelResult(), "model")
 

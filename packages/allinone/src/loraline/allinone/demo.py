@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from loraline.core.config import CoreSettings
+from loraline.core.serving.addresses import free_port
 from loraline.core.serving.healthcheck import check
 
 START_SECONDS = 90
 STOP_SECONDS = 90
 ALIVE = "loraline.api.job.v1.JobService"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_alive(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
@@ -36,13 +30,13 @@ def main() -> int:
     """Return the demo's exit code: 0 when every piece of evidence holds."""
     settings = CoreSettings()
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    address, log = f"127.0.0.1:{_free_port()}", settings.data_dir / "demo-server.log"
+    address, log = f"127.0.0.1:{free_port()}", settings.data_dir / "demo-server.log"
     environment = {
         **os.environ,
         "LORALINE_DATA_DIR": str(settings.data_dir),
         "LORALINE_LISTEN": address,
-        "LORALINE_INFERENCE_HTTP_LISTEN": f"127.0.0.1:{_free_port()}",
-        "LORALINE_METRICS_LISTEN": f"127.0.0.1:{_free_port()}",
+        "LORALINE_INFERENCE_HTTP_LISTEN": f"127.0.0.1:{free_port()}",
+        "LORALINE_METRICS_LISTEN": f"127.0.0.1:{free_port()}",
         "LORALINE_ADDRESS": address,
     }
     print(f"Starting Loraline in one process (its log: {log}) …", flush=True)

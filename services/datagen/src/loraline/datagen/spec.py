@@ -8,12 +8,12 @@ from typing import Any
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.core.errors import invalid_argument
+from loraline.core.structs import json_value
 from loraline.datagen.convert.engine import ConvertSettings
 from loraline.datagen.llms.request import llm_of
 from loraline.datagen.publish.split import DEFAULT_FRACTION
 from loraline.datagen.template.engine import Template, TemplateFormat, TemplateSettings, Weighted
 from loraline.datagen.template.places import pools_in
-from loraline.datagen.values import json_value
 
 FORMATS: dict[int, TemplateFormat] = {
     datagen_pb2.OUTPUT_FORMAT_UNSPECIFIED: "newline",

@@ -13,13 +13,12 @@ import grpc
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
+from loraline.core import hub
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref, parse_ref
 from loraline.core.config import CoreSettings
-from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unavailable
+from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
 from loraline.core.server_paths import model_folder
-
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def open_base(spec: BaseModel, library: ArtifactLibrary, settings: CoreSettings,
         folder = model_folder(spec.path, None if trusted else settings.allowed_paths, "model.path")
         name = folder.name
     else:
-        folder = _from_hub(spec)
+        folder, _ = hub.download(spec.hub_id, spec.revision, code=spec.trust_remote_code)
         name = spec.hub_id.rpartition("/")[2]
         resolved.revision = folder.name
     _check_complete(folder)
@@ -119,22 +118,6 @@ def _check_remote_code(spec: BaseModel, settings: CoreSettings) -> None:
         message = f"{name} may not run its own code here. An operator can allow it in LORALINE_ALLOW_REMOTE_CODE."
         fields = {"model.trust_remote_code": "is not allowed for this model"}
         raise LoralineError(grpc.StatusCode.PERMISSION_DENIED, "REMOTE_CODE_REFUSED", message, fields=fields)
-
-
-def _from_hub(spec: BaseModel) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        message = "Hub models need huggingface_hub, which comes with every engine extra of loraline-inference."
-        raise failed_precondition("ENGINE_NOT_INSTALLED", message) from error
-    try:
-        return Path(snapshot_download(spec.hub_id, revision=spec.revision or None, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        message = (
-            f"Model {spec.hub_id} cannot be had from the Hub: {type(error).__name__}: {error}. "
-            "Check the id, the network and HF_ENDPOINT, or publish the model as an artifact."
-        )
-        raise unavailable("HUB_UNREACHABLE", message, hub_id=spec.hub_id) from error
 
 
 def _check_complete(folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 
-from google.protobuf import json_format, timestamp_pb2
+from google.protobuf import timestamp_pb2
 from google.protobuf.duration_pb2 import Duration
 
 from loraline.api.inference.v1 import inference_pb2
 from loraline.core.errors import invalid_argument
+from loraline.core.structs import json_value
 from loraline.inference.adapters.registry import ServedAdapter
 from loraline.inference.engines.port import Constraint, Sampling
 from loraline.inference.generation import Figures
@@ -41,7 +42,7 @@ def constraint_of(message: inference_pb2.StructuredOutput) -> Constraint | None:
     """Read the shape of the answer; None when none is asked for."""
     shape = message.WhichOneof("shape")
     if shape == "json_schema":
-        return Constraint("json_schema", whole_numbers(json_format.MessageToDict(message.json_schema)))
+        return Constraint("json_schema", json_value(message.json_schema))
     if shape == "choices":
         return Constraint("choices", list(message.choices.values))
     if shape in ("regex", "grammar"):
@@ -52,17 +53,6 @@ def constraint_of(message: inference_pb2.StructuredOutput) -> Constraint | None:
             )
         return Constraint("regex" if shape == "regex" else "grammar", text)
     return Constraint("json_object") if shape == "json_only" and message.json_only else None
-
-
-def whole_numbers(value: object) -> object:
-    """Turn 3.0 back into 3: a protobuf Struct knows only doubles, a JSON schema's minItems only whole numbers."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, dict):
-        return {key: whole_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole_numbers(item) for item in value]
-    return value
 
 
 def usage_of(figures: Figures) -> inference_pb2.Usage:

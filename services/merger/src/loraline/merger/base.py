@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
+from loraline.core import hub
 from loraline.core.artifacts.refs import format_ref, parse_ref
-from loraline.core.errors import failed_precondition, unavailable
+from loraline.core.errors import failed_precondition
 from loraline.core.server_paths import model_folder
 from loraline.merger.adapter import BASE_FILE, Adapter
 
@@ -65,33 +66,5 @@ def bring_base(
         return BaseFolder(source, fetch(source.artifact), source.artifact.digest)
     if source.path:
         return BaseFolder(source, model_folder(source.path, allowed, "base_model"))
-    return BaseFolder(source, _download(source, workdir / "hub"))
-
-
-def _download(source: BaseSource, target: Path) -> Path:
-    """Fetch a Hub model into plain files: its cache consists of links that lead out of the model's folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        snapshot_download(
-            source.hub_id,
-            revision=source.revision or None,
-            local_dir=target,
-            allow_patterns=[
-                "*.json",
-                "*.safetensors",
-                "*.model",
-                "*.txt",
-                "*.jinja",
-                "*.tiktoken",
-                "LICENSE*",
-                "NOTICE*",
-            ],
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise unavailable(
-            "HUB_UNREACHABLE",
-            f"{source.label} could not be fetched from the Hub: {str(error)[:300]}. Import it, or retry.",
-        ) from error
-    return target
+    folder, _ = hub.download(source.hub_id, source.revision, target=workdir / "hub")
+    return BaseFolder(source, folder)

