@@ -42,6 +42,7 @@ class Call:
     def __init__(self, run: LlmRun, route: Route, number: int, started: float):
         self._run, self._route, self._number, self._started = run, route, number, started
         self._digest = ""
+        self._holds = True
         self._timeouts = self._failures = 0
 
     async def make(self, size: int) -> None:
@@ -74,6 +75,13 @@ class Call:
                     self._run.batch.came_down(size)
                 return await self._run.record(record)
 
+    def free(self) -> None:
+        """Give the place at the endpoint back; once."""
+        if self._holds:
+            self._holds = False
+            self._route.limiter.end()
+            self._run.wake()
+
     async def _ask(self, size: int, *, structured: bool) -> CallRecord:
         run, endpoint = self._run, self._route.endpoint
         context = run.context(self._number, size)
@@ -94,6 +102,8 @@ class Call:
                 raise Overloaded(error.message) from error  # It has answered before: a page of some gateway in between.
             raise
         self._route.answered()
+        if self._route.limiter.in_force > 1:
+            self.free()  # The endpoint need not wait for our disk.
         self._told("answered", time.monotonic() - begin, answer)
         cost = run.budget.note(answer.cost, endpoint)
         return CallRecord(

@@ -65,6 +65,10 @@ class LlmRun:
             await asyncio.gather(*self._running, return_exceptions=True)
             await routes.close()
 
+    def wake(self) -> None:
+        """Let the loop look whether more calls can start."""
+        self._woken.set()
+
     def kept(self) -> str:
         """Say how many rows there are."""
         return f"{self.intake.accepted} of {self.settings.rows} rows are kept."
@@ -112,7 +116,8 @@ class LlmRun:
         return 0 if self._aside_in_a_row >= SET_ASIDE_IN_A_ROW else min(missing, left)
 
     def _start_calls(self, routes: Routes) -> None:
-        while (room := self._room()) > 0:
+        # Answers that wait for the disk hold no place at the endpoint, so they need a bound of their own.
+        while (room := self._room()) > 0 and self.ledger.waiting <= 2 * self.pace.concurrency:
             spent, pauses = self.intake.cost, self.intake.budget_pauses
             if not self.budget.room(spent, pauses, len(self._running)):
                 return
@@ -134,8 +139,9 @@ class LlmRun:
         self._woken.set()
 
     async def _do(self, routes: Routes, route: Route, number: int, size: int, started: float) -> None:
+        call = Call(self, route, number, started)
         try:
-            await Call(self, route, number, started).make(size)
+            await call.make(size)
         except Refused as refused:
             route.refused(refused.notice, started)
             self._again.append(number)
@@ -151,7 +157,7 @@ class LlmRun:
         except Exception as error:
             self._failure = self._failure or error
         finally:
-            route.limiter.end()
+            call.free()
             self._asked -= size
 
     def _lose(self, routes: Routes, route: Route, error: LoralineError) -> None:

@@ -85,6 +85,11 @@ class Ledger:
             ) from error  # fmt: skip
         return record
 
+    @property
+    def waiting(self) -> int:
+        """Records that are not on disk yet, those being written aside."""
+        return len(self._waiting)
+
     def find(self, digest: str) -> CallRecord | None:
         """Return the recorded answer to exactly this request, or None."""
         position = self._answers.get(bytes.fromhex(digest))
