@@ -44,7 +44,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, title: str) -> str:
         parts.extend(_drawn(line, _COLOURS[number], place))
         parts.append(_legend(line.name, _COLOURS[number], number))
     label = escape(title, quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg class="lines" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

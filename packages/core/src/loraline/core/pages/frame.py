@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 
 _STYLE = """
-:root{--ink:#1b1f24;--soft:#59636e;--line:#d5dae0;--paper:#fff;--card:#f6f8fa;--a:#0b62c4;--b:#c2500b;--c:#18794e;
---d:#7a3fb0;--bad:#b3261e;--warn:#8a5a00;--good:#18794e}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa4ae;--line:#3a424b;--paper:#14181c;--card:#1d2329;
---a:#6aa9f4;--b:#f09a5b;--c:#5fc796;--d:#bd93e6;--bad:#f2857e;--warn:#e0b054;--good:#5fc796}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 3rem}h1{font-size:1.6rem;margin:0 0 .25rem}
-h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.35rem 0}.soft{color:var(--soft)}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:.5rem 0}
-.mark{font-weight:600}.good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid var(--line)}
-th{color:var(--soft);font-weight:600}td.figure,th.figure{text-align:right;font-variant-numeric:tabular-nums}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}
-svg .grid{stroke:var(--line);stroke-width:1}svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+:root{color-scheme:light dark;--back:#fff;--text:#1d232a;--soft:#5b6570;--line:#d8dee4;--card:#f6f8fa;--bar:#3b6ea8;
+--error:#b3261e;--warning:#9a5b00;--info:#2f6f3e;--a:#0b62c4;--b:#c2500b;--c:#18794e;--d:#7a3fb0}
+@media(prefers-color-scheme:dark){:root{--back:#14181d;--text:#e4e8ec;--soft:#9aa5b1;--line:#333b44;--card:#1d232a;
+--bar:#7fb0e8;--error:#ff8a80;--warning:#ffc266;--info:#81c995;--a:#6aa9f4;--b:#f09a5b;--c:#5fc796;--d:#bd93e6}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:0 auto;padding:1.5rem 1rem 4rem;background:var(--back);
+color:var(--text)}
+h1{font-size:1.5rem;margin:0 0 .25rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2.2rem 0 .8rem}
+h3{font-size:1rem;margin:0}p{margin:.4rem 0}.soft{color:var(--soft)}
+.mark{font-weight:600}.good{color:var(--info)}.warning{color:var(--warning)}.error{color:var(--error)}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem 1rem;margin:.5rem 0}
+code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;overflow-x:auto}
+svg.lines{display:block;width:100%;height:auto}svg.lines text{fill:var(--soft);font:12px system-ui,sans-serif}
+svg.lines .grid{stroke:var(--line)}svg.lines polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
 """
 
 
-def page(title: str, subtitle: str, parts: Iterable[str], *, language: str = "en") -> str:
-    """Return a whole page; `parts` are HTML already, title and subtitle are text."""
+def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
+    """Return a whole page; the title is text, `parts` are HTML already, `style` is CSS of the page's own."""
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="{escape(language)}"><head><meta charset="utf-8">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f'<body><main><h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>\n{body}\n</main></body></html>\n'
+        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head>\n"
+        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 
 def section(heading: str, content: str) -> str:
     """Return a headed part; `content` is HTML."""
     return f"<h2>{escape(heading)}</h2>\n{content}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, figures: Iterable[int] = ()) -> str:
-    """Return a table of texts; the columns in `figures` are set to the right."""
-    right = set(figures)
-
-    def cells(texts: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=figure' if column in right else ''}>{escape(text)}</{tag}>"
-            for column, text in enumerate(texts)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells(header, "th")}</tr></thead><tbody>{body}</tbody></table></div>'

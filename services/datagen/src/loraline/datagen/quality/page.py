@@ -6,19 +6,11 @@ from collections import Counter
 from html import escape
 from typing import Any
 
+from loraline.core.pages import frame
+from loraline.core.pages.frame import section
 from loraline.datagen.quality.charts import bars, columns
 
 STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1d232a;--soft:#5b6570;--line:#d8dee4;--card:#f6f8fa;--bar:#3b6ea8;
---error:#b3261e;--warning:#9a5b00;--info:#2f6f3e}
-@media(prefers-color-scheme:dark){:root{--back:#14181d;--text:#e4e8ec;--soft:#9aa5b1;--line:#333b44;--card:#1d232a;
---bar:#7fb0e8;--error:#ff8a80;--warning:#ffc266;--info:#81c995}}
-*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:0 auto;padding:1.5rem 1rem 4rem;background:var(--back);
-color:var(--text)}
-h1{font-size:1.5rem;margin:0 0 .25rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2.2rem 0 .8rem}
-h3{font-size:1rem;margin:0}p{margin:.4rem 0}.soft{color:var(--soft)}
-.verdict{font-weight:600}.no{color:var(--error)}.yes{color:var(--info)}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.75rem;margin:1.2rem 0}
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .facts b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}
@@ -28,7 +20,7 @@ margin:.8rem 0}
 article.error{border-left-color:var(--error)}article.warning{border-left-color:var(--warning)}
 .tag{font-size:.75rem;font-weight:600;text-transform:uppercase;letter-spacing:.04em;margin-right:.5rem}
 .error .tag{color:var(--error)}.warning .tag{color:var(--warning)}.info .tag{color:var(--info)}
-code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}summary{cursor:pointer;margin-top:.5rem}
+summary{cursor:pointer;margin-top:.5rem}
 .rows{list-style:none;margin:.5rem 0 0;padding:0}.rows li{border-top:1px solid var(--line);padding:.5rem 0}
 .rows p{margin:.15rem 0;white-space:pre-wrap;overflow-wrap:anywhere}.rows .who{color:var(--soft);font-size:.8rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem}
@@ -52,20 +44,14 @@ LENGTHS = {
 
 def page(report: dict[str, Any]) -> str:
     """Return the page of a report."""
-    title = escape(f"Check of {report['dataset']}")
     verdict = (
-        '<span class="verdict yes">passes</span>'
-        if report["passed"]
-        else '<span class="verdict no">does not pass</span>'
+        '<span class="mark good">passes</span>' if report["passed"] else '<span class="mark error">does not pass</span>'
     )
     findings = "".join(_finding(finding) for finding in report["findings"]) or "<p>Nothing was found.</p>"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{title}</h1><p>The dataset {verdict} the gate{_counts(report)}.</p>{_facts(report)}"
-        f'<h2>Findings</h2>{findings}<h2>Figures</h2><div class="charts">{_charts(report)}</div></body></html>\n'
-    )
+    verdict = f"<p>The dataset {verdict} the gate{_counts(report)}.</p>"
+    charts = f'<div class="charts">{_charts(report)}</div>'
+    parts = [verdict, _facts(report), section("Findings", findings), section("Figures", charts)]
+    return frame.page(f"Check of {report['dataset']}", parts, style=STYLE)
 
 
 def _counts(report: dict[str, Any]) -> str:

@@ -15,12 +15,12 @@ from loraline.trainer.diagnosis.signs import Sign
 
 _WORDS = {
     pb.VERDICT_GOOD: ("good", "The run did what it should."),
-    pb.VERDICT_FAIR: ("warn", "Usable; more training may help."),
-    pb.VERDICT_UNDERTRAINED: ("warn", "The loss is still too high."),
-    pb.VERDICT_OVERFIT: ("warn", "The rows are learned by heart."),
-    pb.VERDICT_DIVERGED: ("bad", "The run went astray."),
-    pb.VERDICT_NO_SIGNAL: ("bad", "Nothing was learned."),
-    pb.VERDICT_DATA_BUG: ("bad", "The data make learning impossible."),
+    pb.VERDICT_FAIR: ("warning", "Usable; more training may help."),
+    pb.VERDICT_UNDERTRAINED: ("warning", "The loss is still too high."),
+    pb.VERDICT_OVERFIT: ("warning", "The rows are learned by heart."),
+    pb.VERDICT_DIVERGED: ("error", "The run went astray."),
+    pb.VERDICT_NO_SIGNAL: ("error", "Nothing was learned."),
+    pb.VERDICT_DATA_BUG: ("error", "The data make learning impossible."),
 }
 
 
@@ -37,7 +37,7 @@ def html_page(title: str, judgement: Judgement, history: History, patch: Mapping
     parts.extend(_others(history))
     steps = history.points[-1].step
     subtitle = f"{steps} steps" + (f", {history.epochs:.1f} epochs" if history.epochs else "")
-    return page(title, subtitle, parts)
+    return page(title, [f'<p class="soft">{escape(subtitle)}</p>', *parts])
 
 
 def _losses(history: History) -> str:
@@ -73,7 +73,7 @@ def _running_mean(points: tuple[Point, ...]) -> list[tuple[int, float]]:
 
 
 def _shown(sign: Sign) -> str:
-    mark, word = ("good", "passed") if sign.passed else ("bad", "failed") if sign.grave else ("warn", "look")
+    mark, word = ("good", "passed") if sign.passed else ("error", "failed") if sign.grave else ("warning", "look")
     remedy = f'<p class="soft">{escape(sign.remedy)}</p>' if sign.remedy else ""
     return (
         f'<div class="card"><p><span class="mark {mark}">{word}</span> {escape(sign.message)} '

@@ -138,6 +138,8 @@ def evaluation(history: History, facts: Facts) -> Sign | None:
         return Sign(
             "UNDERFIT", False, text, "Train longer, with a higher rank or a larger base.", pb.VERDICT_UNDERTRAINED
         )
+    if overfit(history, facts):
+        return None
     return Sign("EVAL_LOSS", True, f"The evaluation loss ends at {last:.3f}.")
 
 
