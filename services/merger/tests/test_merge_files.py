@@ -168,13 +168,13 @@ def damage(out: Path, factor: float) -> None:
 def test_damaged_merge_is_refused_with_figures(tmp_path, make_base, make_adapter, monkeypatch):
     base = make_base()
     adapter = make_adapter(base)
-    settle = merging._settle_files
+    settle = merging.settle_files
 
     def settle_and_damage(*arguments: Any) -> Any:
         damage(arguments[2], 1.5)
         return settle(*arguments)
 
-    monkeypatch.setattr(merging, "_settle_files", settle_and_damage)
+    monkeypatch.setattr(merging, "settle_files", settle_and_damage)
     error = refused(tmp_path, base, adapter)
     assert error.reason == "MERGE_CHANGED_MODEL"
     assert float(error.metadata["max_abs_logprob_diff"]) > 0.05
@@ -224,17 +224,6 @@ def test_probes_are_measured_token_by_token(tmp_path, make_base, make_adapter):
     _, outcome = merge(tmp_path, base, adapter)
     recorded, _ = outcome.measurements[0]
     assert recorded.tokens == sum(len(probe.response_ids) for probe in load_probes(adapter).probes)
-
-
-def test_quantised_training_must_be_decided_by_the_caller(tmp_path, make_base, make_adapter):
-    base = make_base()
-    one = AdapterInput(make_adapter(base), trained_quantised=True)
-    out = tmp_path / "work" / "model"
-    with pytest.raises(LoralineError) as error:
-        merge_folders(base, [one], out, MergeOptions())
-    assert error.value.reason == "NOT_SUPPORTED"
-    outcome = merge_folders(base, [one], out, MergeOptions(original_base=True))
-    assert any("quantised" in remark for remark in outcome.remarks)
 
 
 def test_leftovers_of_an_interrupted_attempt_do_not_pass_for_the_bases(tmp_path, make_base, make_adapter):

@@ -172,32 +172,11 @@ async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
         error = LoralineError.from_status(job.error)
         assert error.reason == "MERGE_CHANGED_MODEL"
         assert float(error.metadata["max_abs_logprob_diff"]) > 1e-6
-        for wrong in (
-            request(voice, merge_base=merger_pb2.MERGE_BASE_DEQUANTIZED),
-            request(voice, combine=merger_pb2.COMBINE_METHOD_TIES),
-        ):
+        for wrong in (request(voice, density=0.3), request(voice, combine=merger_pb2.COMBINE_METHOD_TIES)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stage.merger.Merge(wrong)
-            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
-
-
-async def test_quantised_training_is_refused_before_it_is_queued(tmp_path):
-    folder = tmp_path / "voice"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
-    async with running(tmp_path) as stage:
-        said: dict[str, Any] = {
-            "facts": {"quantization": "nf4"},
-            "settings": {"parameters": {"quantization": "QUANTIZATION_INT8"}},
-        }
-        for name, evidence in said.items():
-            voice = stage.platform.library.publish(ADAPTER, name, folder, **{name: evidence}).ref
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await stage.merger.Merge(request(voice))
-            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert "MERGE_BASE_ORIGINAL" in str(refused.value.details())
-        assert (await stage.platform.jobs.list())[0] == []
 
 
 async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter, monkeypatch):

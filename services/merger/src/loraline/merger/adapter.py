@@ -151,14 +151,14 @@ def peft_only_reason(config: Mapping[str, Any], header: ShardHeader) -> str:
     return f"{other[0]} is more than a factor of a linear layer" if other else ""
 
 
-def trained_quantised(artifact: Artifact) -> bool:
-    """Whether the adapter's manifest says that its base was quantised in training."""
+def trained_quantised(artifact: Artifact) -> str:
+    """Return how the adapter's manifest says that its base was quantised in training, such as `nf4`; empty for not."""
     value = str(MessageToDict(artifact.facts).get("quantization") or "")
     if not value:
         parameters = MessageToDict(artifact.settings).get("parameters")
         value = str(parameters.get("quantization") or "") if isinstance(parameters, dict) else ""
     value = value.lower().removeprefix("quantization_")
-    return value not in ("", "none", "auto", "unspecified")
+    return "" if value in ("", "none", "auto", "unspecified") else value
 
 
 def _pair(header: ShardHeader, config: Mapping[str, Any]) -> tuple[Factors, ...]:

@@ -47,7 +47,9 @@ def _merge(context: JobContext, spec: MergeSpec, settings: Mapping[str, Any]) ->
     base = _bring_base(context, spec, inputs[0].folder)
     context.check_stop()
     own = MergerSettings()
-    options = MergeOptions(spec.dtype, spec.bounds, spec.original_base, base.digest, own.measure())
+    options = MergeOptions(
+        spec.dtype, spec.bounds, spec.merge_base, base.digest, own.measure(), spec.combine, spec.density
+    )
     out = context.workdir / "model"
     outcome = merge_folders(base.folder, inputs, out, options, _watch(context))
     for remark in outcome.remarks:

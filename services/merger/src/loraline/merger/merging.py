@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loraline.core.errors import LoralineError, failed_precondition
-from loraline.core.evidence.probes import FILE_NAME as PROBES_FILE
-from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
-from loraline.core.evidence.receipt import load_receipt
-from loraline.merger.adapter import check_base, open_adapter
+from loraline.core.errors import unsupported
+from loraline.merger.adapter import Adapter, check_base, open_adapter
 from loraline.merger.check.findings import Finding
-from loraline.merger.check.folder import check_folder
-from loraline.merger.check.tokens import chat_template
+from loraline.merger.engines import dequantised
+from loraline.merger.engines.combining import combine
 from loraline.merger.engines.deltas import LoraRows, RowSource
-from loraline.merger.engines.judgement import measure_merge
+from loraline.merger.engines.judgement import Rival, measure_merge
 from loraline.merger.engines.measure import Measurement
 from loraline.merger.engines.peft_merge import merge_with_peft
-from loraline.merger.engines.rendering import receipt_mismatches
 from loraline.merger.engines.streaming import StreamedMerge, write_merged
+from loraline.merger.memory import PeakMemory
 from loraline.merger.plan import MergePlan, make_plan, plan_fingerprint, stored_dtype
-from loraline.merger.repair import adopt_template, adopt_training, repair_folder
-from loraline.merger.spec import MeasureSettings, MergeBounds, quantised_training
-from loraline.merger.sync import SyncedFile, compare_files, copy_base_files, write_dtype
-from loraline.merger.vocabulary import adopt_tokenizer, write_untied, write_vocabulary
+from loraline.merger.settling import copy_evidence, prove_rendering, refuse_broken, settle_files
+from loraline.merger.spec import CombineChoice, MeasureSettings, MergeBaseChoice, MergeBounds
+from loraline.merger.sync import SyncedFile, compare_files
 from loraline.merger.weights.header import Form
-from loraline.merger.weights.layout import INDEX_FILE, WeightFiles, open_weights
+from loraline.merger.weights.layout import WeightFiles, open_weights
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,8 @@ class AdapterInput:
     folder: Path
     weight: float = 1.0
     name: str = "the adapter"
-    trained_quantised: bool = False
-    """Training ran on a base in 8 or 4 bits."""
+    trained_quantised: str = ""
+    """How the base was quantised in training, such as `nf4`; empty for 16 or 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,12 @@ class MergeOptions:
 
     dtype: str = ""
     bounds: MergeBounds = field(default_factory=MergeBounds)
-    original_base: bool = False
+    merge_base: MergeBaseChoice = "measured"
     base_digest: str = ""
     """Digest of the base artifact; empty for a folder or a Hub model."""
     measure: MeasureSettings = field(default_factory=MeasureSettings)
+    combine: CombineChoice = "linear"
+    density: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,26 @@ class MergeOutcome:
     repairs: list[Finding] = field(default_factory=list)
     synced: list[SyncedFile] = field(default_factory=list)
     measurements: list[tuple[Measurement, bool]] = field(default_factory=list)
+    """In the order measured; the last is that of the weights as they are published."""
     receipt_rows: int = 0
     remarks: list[str] = field(default_factory=list)
+    merge_base: MergeBaseChoice = "original"
+    merge_seconds: float = 0.0
+    measure_seconds: float = 0.0
+    peak_bytes: int = 0
+    """Greatest anonymous memory of this process while weights were written."""
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The parts of one merge that several steps share."""
+
+    weights: WeightFiles
+    plan: MergePlan
+    folders: tuple[Path, ...]
+    identity: tuple[str, ...]
+    quantised: str
+    """The training's quantisation, where the dequantised base can be made from it."""
 
 
 def merge_folders(
@@ -84,134 +100,114 @@ def merge_folders(
     `out` may hold finished shards of an interrupted attempt at the same merge; they are kept. Its parent folder takes
     working files. Nothing of the inputs is written to.
     """
+    begin, memory = time.monotonic(), PeakMemory()
     weights = open_weights(base)
     adapters = [open_adapter(one.folder) for one in inputs]
     remarks: list[str] = []
     for adapter, one in zip(adapters, inputs, strict=True):
         remarks += check_base(adapter, name=one.name, base=base, base_digest=options.base_digest)
-        remarks += _quantised_training(one, original=options.original_base)
     pairs = [(adapter, one.weight) for adapter, one in zip(adapters, inputs, strict=True)]
-    plan = make_plan(weights, pairs, options.dtype)
-    watch.stage(f"merging ({plan.merge_path})")
-    written, form = _write(weights, plan, inputs, out, options, watch)
-    outcome = MergeOutcome(plan.merge_path, options.dtype or stored_dtype(weights), written, remarks=remarks)
+    merge, how = _prepare(weights, pairs, inputs, out, options, remarks)
+    watch.stage(f"merging ({merge.plan.merge_path}{how})")
+    choice: MergeBaseChoice = "dequantized" if options.merge_base == "dequantized" else "original"
+    written, form = _write(merge, out, watch, memory, choice)
+    dtype = options.dtype or stored_dtype(weights)
+    outcome = MergeOutcome(f"{merge.plan.merge_path}{how}", dtype, written, remarks=remarks, merge_base=choice)
     watch.stage("synchronising config and tokenizer")
-    outcome.repairs = _settle_files(base, inputs, out, options.dtype, form)
-    outcome.receipt_rows = _prove_rendering(inputs, out, outcome.repairs)
+    outcome.repairs = settle_files(base, inputs, out, options.dtype, form)
+    outcome.receipt_rows = prove_rendering(inputs, out, outcome.repairs)
     outcome.synced = compare_files(base, out, outcome.repairs)
-    _copy_evidence(inputs, out)
-    _refuse_broken(out)
+    copy_evidence(inputs, out)
+    refuse_broken(out)
+    outcome.merge_seconds, outcome.peak_bytes = time.monotonic() - begin, memory.greatest
     watch.stage("measuring base+adapter against the merged model")
-    measure_merge(base, inputs, out, options, outcome, watch)
+    measure_merge(base, inputs, out, options, outcome, watch, _measured(merge, inputs, options, out, watch))
+    outcome.measure_seconds = time.monotonic() - begin - outcome.merge_seconds
     return outcome
 
 
-def _quantised_training(one: AdapterInput, *, original: bool) -> list[str]:
-    if not one.trained_quantised:
-        return []
-    if not original:
-        raise quantised_training(one.name)
-    return [f"{one.name} was trained on a quantised base and is merged into the base as published"]
-
-
-def _write(
+def _prepare(
     weights: WeightFiles,
-    plan: MergePlan,
+    pairs: Sequence[tuple[Adapter, float]],
     inputs: Sequence[AdapterInput],
     out: Path,
     options: MergeOptions,
-    watch: MergeWatch,
+    remarks: list[str],
+) -> tuple[_Merge, str]:
+    """Combine adapters where asked, plan the merge, and decide whether the dequantised base takes part."""
+    identity = [options.base_digest or str(weights.folder), *(f"{one.folder}*{one.weight}" for one in inputs)]
+    how, folders = "", [one.folder for one in inputs]
+    if options.combine != "linear":
+        folder, said = combine(weights.folder, pairs, options.combine, options.density, out.parent)
+        how, folders, pairs = f", {said}", [folder], [(open_adapter(folder), 1.0)]
+        identity.append(said)
+    plan = make_plan(weights, pairs, options.dtype)
+    kinds = {one.trained_quantised for one in inputs}
+    kind = kinds.pop() if len(kinds) == 1 else ""
+    why = _why_not_dequantised(kind, plan, inputs, options)
+    if options.merge_base == "dequantized" and why:
+        raise unsupported(f"merge_base MERGE_BASE_DEQUANTIZED where {why}", "Use MERGE_BASE_ORIGINAL.")
+    if any(one.trained_quantised for one in inputs) and why:
+        remarks.append(f"trained on a quantised base and merged into the base as published, as {why}")
+    return _Merge(weights, plan, tuple(folders), tuple(identity), "" if why else kind), how
+
+
+def _why_not_dequantised(kind: str, plan: MergePlan, inputs: Sequence[AdapterInput], options: MergeOptions) -> str:
+    if not kind:
+        named = any(one.trained_quantised for one in inputs)
+        return (
+            "the adapters were trained on bases of several kinds" if named else "the training's base was not quantised"
+        )
+    if options.merge_base == "original":
+        return "that was asked for"
+    if kind not in dequantised.KINDS:
+        return f"{kind} cannot be repeated here"
+    if not plan.streaming:
+        return "this adapter cannot be streamed"
+    return "" if dequantised.available() else "loraline-merger[quantization] is not installed"
+
+
+def _measured(
+    merge: _Merge, inputs: Sequence[AdapterInput], options: MergeOptions, out: Path, watch: MergeWatch
+) -> Rival:
+    """Say what is measured: the adapters as merged, the base as trained, and the other merge to choose from."""
+    pairs = [(one.folder, one.weight) for one in inputs]
+    if options.combine != "linear":
+        pairs = [(merge.folders[0], 1.0)]
+    if not merge.quantised:
+        return Rival(pairs)
+    prepare = dequantised.prepare(merge.quantised, dequantised.main_dtype(merge.weights))
+    if options.merge_base != "measured":
+        return Rival(pairs, prepare)
+
+    def write() -> Path:
+        target = out.with_name(f"{out.name}.dequantized")
+        quiet = replace(watch, bytes_done=lambda done, total: None)
+        _write(merge, target, quiet, PeakMemory(), "dequantized")
+        return target
+
+    return Rival(pairs, prepare, write)
+
+
+def _write(
+    merge: _Merge, out: Path, watch: MergeWatch, memory: PeakMemory, choice: MergeBaseChoice
 ) -> tuple[StreamedMerge, Form]:
-    folders = [one.folder for one in inputs]
-    form = Form(plan.dtypes)
+    plan, form = merge.plan, Form(merge.plan.dtypes)
     if plan.streaming:
-        rows: RowSource = LoraRows(folders, plan)
+        rows: RowSource = LoraRows(merge.folders, plan)
+        if choice == "dequantized":
+            rows = dequantised.dequantised_rows(merge.weights, rows, merge.quantised)
     else:
-        merged = merge_with_peft(weights, folders[0])
+        merged = merge_with_peft(merge.weights, merge.folders[0])
         rows, form = merged.rows, Form(plan.dtypes, merged.shapes, merged.added)
-    total, done = weights.data_size, 0
+    total, done = merge.weights.data_size, 0
 
     def advance(size: int) -> None:
         nonlocal done
         done += size
+        memory.sample()
         watch.bytes_done(min(done, total), total)
         watch.check()
 
-    identity = [options.base_digest or str(weights.folder), *(f"{one.folder}*{one.weight}" for one in inputs)]
-    fingerprint = plan_fingerprint(plan, identity)
-    return write_merged(weights, rows, form, out, fingerprint=fingerprint, advance=advance), form
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Delete what an interrupted attempt left beside the weights, so that it is not taken for the base's."""
-    for path in out.rglob("*"):
-        if path.is_file() and not path.name.endswith((".safetensors", INDEX_FILE)):
-            path.unlink()
-
-
-def _settle_files(base: Path, inputs: Sequence[AdapterInput], out: Path, dtype: str, form: Form) -> list[Finding]:
-    _remove_leftovers(out)
-    copy_base_files(base, out)
-    changes = write_dtype(out, dtype) if dtype else []
-    rows = max((shape[0] for name, shape in form.shapes.items() if len(shape) == 2), default=0)
-    changes += write_vocabulary(out, rows) if rows else []
-    changes += write_untied(out) if form.added else []
-    if len(inputs) == 1:
-        changes += adopt_tokenizer(out, inputs[0].folder, grown=bool(rows))
-    changes += repair_folder(out)
-    for one in inputs:
-        changes += adopt_training(out, one.folder)
-    return changes
-
-
-def _prove_rendering(inputs: Sequence[AdapterInput], out: Path, repairs: list[Finding]) -> int:
-    """Render every receipt again; take the adapter's template when the base's renders other ids, else refuse."""
-    rows = 0
-    for one in inputs:
-        if not (one.folder / RECEIPT_FILE).exists():
-            continue
-        receipt = load_receipt(one.folder)
-        mismatches = receipt_mismatches(out, receipt)
-        theirs = chat_template(one.folder)
-        if mismatches and theirs and theirs != chat_template(out) and len(inputs) == 1:
-            repairs.append(adopt_template(out, one.folder, f"the base's renders other ids ({mismatches[0]})"))
-            mismatches = receipt_mismatches(out, receipt)
-        if mismatches:
-            raise failed_precondition(
-                "RECEIPT_MISMATCH",
-                f"The merged model's tokenizer does not give the ids that {one.name} was trained on: {mismatches[0]} "
-                f"({len(mismatches)} of {len(receipt.rows)} rows). Merge into the base that it was trained on.",
-                row=mismatches[0].source,
-                position=str(mismatches[0].position),
-                expected=str(mismatches[0].expected),
-                rendered=str(mismatches[0].rendered),
-            )
-        rows += len(receipt.rows)
-    return rows
-
-
-def _copy_evidence(inputs: Sequence[AdapterInput], out: Path) -> None:
-    """Carry receipt and probes along, for the server of the merged model; only one adapter's make sense together."""
-    if len(inputs) != 1 or inputs[0].weight != 1:
-        return
-    for name in (RECEIPT_FILE, PROBES_FILE):
-        if (inputs[0].folder / name).exists():
-            shutil.copyfile(inputs[0].folder / name, out / name)
-
-
-def _refuse_broken(out: Path) -> None:
-    grave = [finding for finding in check_folder(out) if finding.severity == "error"]
-    if grave:
-        raise broken_model(grave)
-
-
-def broken_model(grave: Sequence[Finding]) -> LoralineError:
-    """FAILED_PRECONDITION for a merged folder that a server could not load."""
-    first = grave[0]
-    return failed_precondition(
-        "MODEL_DEFECTIVE",
-        f"The merged folder would not load ({len(grave)} errors): {first.code} in {first.file}: {first.message} "
-        f"{first.remedy} The base has the same defect; repair it with RepairModel, or use another.",
-        codes=",".join(sorted({finding.code for finding in grave})),
-        file=first.file,
-    )
+    fingerprint = plan_fingerprint(plan, [*merge.identity, choice])
+    return write_merged(merge.weights, rows, form, out, fingerprint=fingerprint, advance=advance), form

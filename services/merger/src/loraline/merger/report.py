@@ -22,7 +22,21 @@ from loraline.merger.spec import ExportSpec
 from loraline.merger.sync import write_json
 
 REPORT_FILE = "merge_report.json"
-_LIBRARIES = ("loraline-merger", "peft", "safetensors", "tokenizers", "torch", "transformers")
+_MERGE_BASES = {
+    "original": merger_pb2.MERGE_BASE_ORIGINAL,
+    "dequantized": merger_pb2.MERGE_BASE_DEQUANTIZED,
+}
+_LIBRARIES = (
+    "bitsandbytes",
+    "compressed-tensors",
+    "gguf",
+    "loraline-merger",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 Adapters = Sequence[tuple[ArtifactRef, float]]
 
@@ -48,6 +62,10 @@ def merge_result(outcome: MergeOutcome) -> merger_pb2.MergeResult:
         bytes_written=outcome.written.bytes_written,
         receipt_rows_matched=outcome.receipt_rows,
         merge_path=outcome.merge_path,
+        merge_base=_MERGE_BASES[outcome.merge_base],
+        merge_seconds=outcome.merge_seconds,
+        measure_seconds=outcome.measure_seconds,
+        merge_peak_bytes=outcome.peak_bytes,
     )
 
 
@@ -65,6 +83,7 @@ def _report(outcome: MergeOutcome, options: MergeOptions, base: BaseFolder, adap
         "base_model": {"name": base.source.label, "digest": base.digest},
         "adapters": [{"ref": format_ref(ref), "digest": ref.digest, "weight": weight} for ref, weight in adapters],
         "merge_path": outcome.merge_path,
+        "merge_base": outcome.merge_base,
         "dtype": outcome.dtype,
         "merged_tensors": outcome.written.merged_tensors,
         "bytes_written": outcome.written.bytes_written,

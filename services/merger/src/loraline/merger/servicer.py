@@ -11,13 +11,11 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2, merger_pb2_grpc
 from loraline.core.artifacts.library import ArtifactLibrary
-from loraline.core.artifacts.refs import format_ref
 from loraline.core.config import CoreSettings
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.queue import JobQueue
 from loraline.core.server_paths import model_folder
-from loraline.merger.adapter import trained_quantised
-from loraline.merger.spec import export_spec, merge_spec, quantised_training, require_kind
+from loraline.merger.spec import export_spec, merge_spec, require_kind
 
 MERGE = JobHandler("merger.merge", merger_pb2.MergeRequest, "loraline.merger.job:run")
 CHECK = JobHandler("merger.check_model", merger_pb2.CheckModelRequest, "loraline.merger.model_jobs:run_check")
@@ -36,15 +34,12 @@ class MergerServicer(merger_pb2_grpc.MergerServiceServicer):
 
     async def Merge(self, request: merger_pb2.MergeRequest, context: Context) -> merger_pb2.MergeResponse:
         """Queue a merge of exact versions."""
-        spec = merge_spec(request)
+        merge_spec(request)
         exact = merger_pb2.MergeRequest()
         exact.CopyFrom(request)
         inputs = []
         for adapter in exact.adapters:
             inputs.append(await self._pin(adapter.ref))
-            manifest = await asyncio.to_thread(self._library.get, adapter.ref)
-            if trained_quantised(manifest) and not spec.original_base:
-                raise quantised_training(format_ref(adapter.ref))
         if exact.HasField("base_model"):
             inputs.append(await self._pin(exact.base_model))
         job = await self._jobs.submit(MERGE, exact, inputs=inputs, labels=dict(request.labels))

@@ -11,10 +11,20 @@ from google.protobuf.json_format import MessageToDict
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2
-from loraline.core.errors import LoralineError, invalid_argument, unsupported
+from loraline.core.errors import LoralineError, invalid_argument
 from loraline.merger.exports.modelfile import parameters_of
 
 Dtype = Literal["", "bf16", "fp16", "fp32"]
+MergeBaseChoice = Literal["original", "dequantized", "measured"]
+CombineChoice = Literal["linear", "ties", "dare"]
+_MERGE_BASES: dict[int, MergeBaseChoice] = {
+    merger_pb2.MERGE_BASE_ORIGINAL: "original",
+    merger_pb2.MERGE_BASE_DEQUANTIZED: "dequantized",
+}
+_COMBINE: dict[int, CombineChoice] = {
+    merger_pb2.COMBINE_METHOD_TIES: "ties",
+    merger_pb2.COMBINE_METHOD_DARE: "dare",
+}
 MAX_KL = 0.01
 """Default bound of the mean KL divergence, in nats."""
 MAX_DIFF_FP32 = 0.05
@@ -53,8 +63,9 @@ class MergeSpec:
     base: ArtifactRef | None
     dtype: Dtype
     bounds: MergeBounds
-    original_base: bool
-    """The caller asked for ORIGINAL, rather than for what is measured best."""
+    merge_base: MergeBaseChoice
+    combine: CombineChoice
+    density: float
 
 
 # Format -> (its name in the contract, greatest difference, greatest mean KL) in nats, unless the caller says otherwise.
@@ -103,29 +114,22 @@ def merge_spec(request: merger_pb2.MergeRequest) -> MergeSpec:
     base = request.base_model if request.HasField("base_model") else None
     if base is not None:
         require_kind(base, artifact_pb2.ARTIFACT_KIND_MODEL, "base_model")
-    if request.combine not in (merger_pb2.COMBINE_METHOD_UNSPECIFIED, merger_pb2.COMBINE_METHOD_LINEAR):
-        method = merger_pb2.CombineMethod.Name(request.combine)
-        raise unsupported(f"combine {method}", "Use COMBINE_METHOD_LINEAR, a weighted sum.")
-    if request.merge_base == merger_pb2.MERGE_BASE_DEQUANTIZED:
-        raise unsupported("merge_base MERGE_BASE_DEQUANTIZED", "Use MERGE_BASE_ORIGINAL.")
+    combine = _COMBINE.get(request.combine, "linear")
+    if request.density and combine == "linear":
+        raise invalid_argument("DENSITY_UNUSED", "density has a meaning for TIES and DARE only; leave it 0.")
+    if combine != "linear" and len(request.adapters) == 1:
+        raise invalid_argument("ADAPTERS_MISSING", "TIES and DARE combine several adapters; name at least two.")
     weights = [(a.ref, a.weight if a.HasField("weight") else 1.0) for a in request.adapters]
     bounds = MergeBounds(request.max_kl or MAX_KL, request.max_abs_logprob_diff)
-    original = request.merge_base == merger_pb2.MERGE_BASE_ORIGINAL
-    return MergeSpec(request.name, tuple(weights), base, request.dtype, bounds, original)  # type: ignore[arg-type]
+    choice = _MERGE_BASES.get(request.merge_base, "measured")
+    dtype: Any = request.dtype
+    return MergeSpec(request.name, tuple(weights), base, dtype, bounds, choice, combine, request.density)
 
 
 def require_kind(ref: ArtifactRef, kind: int, field: str) -> None:
     """INVALID_ARGUMENT when a reference is of another kind."""
     if ref.kind != kind:
         raise wrong_kind(field, artifact_pb2.ArtifactKind.Name(kind), artifact_pb2.ArtifactKind.Name(ref.kind))  # type: ignore[arg-type]
-
-
-def quantised_training(name: str) -> LoralineError:
-    """UNIMPLEMENTED for an adapter of a quantised training whose base the caller has not chosen."""
-    return unsupported(
-        f"Choosing the base by measurement for {name}, which was trained on a quantised base,",
-        "Set merge_base to MERGE_BASE_ORIGINAL to merge into the base as published.",
-    )
 
 
 def wrong_kind(field: str, wanted: str, found: str) -> LoralineError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +14,7 @@ from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.probes import compare_logprobs, load_probes
 from loraline.merger.engines.measure import Measurement, Reference, compute_reference, measure_folder
 from loraline.merger.engines.rendering import load_tokenizer
+from loraline.merger.engines.streaming import STATE_FILE
 from loraline.merger.spec import MeasureSettings, MergeBounds
 from loraline.merger.texts import collect_texts
 
@@ -23,6 +26,18 @@ _NO_SIGNAL = 1e-3
 RECORDED_SUBJECT = "adapter as the trainer measured it"
 
 
+@dataclass(frozen=True)
+class Rival:
+    """What a merge is measured against, and with what it competes."""
+
+    pairs: Sequence[tuple[Path, float]]
+    """The adapters as they were merged, with weights."""
+    prepare: Callable[[Any], None] | None = None
+    """Makes the loaded base the one that the training saw."""
+    write: Callable[[], Path] | None = None
+    """Writes the weights of the other merge, into the dequantised base; the better of the two is published."""
+
+
 def measure_merge(
     base: Path,
     inputs: Sequence[AdapterInput],
@@ -30,8 +45,9 @@ def measure_merge(
     options: MergeOptions,
     outcome: MergeOutcome,
     watch: MergeWatch,
+    rival: Rival,
 ) -> None:
-    """Measure the folder as written and add the rows to the outcome.
+    """Measure the folder as written and add the rows to the outcome; where a rival answers better, take its weights.
 
     Raises FAILED_PRECONDITION: MERGE_CHANGED_MODEL above a bound, ADAPTER_CHANGED when base+adapter does not answer as
     the trainer recorded.
@@ -47,12 +63,15 @@ def measure_merge(
             "NOTHING_TO_MEASURE", "No text of the adapter fits into the measured length. Raise it on the server."
         )
     path = out.with_name(out.name + ".reference.f32")
+    prepare = rival.prepare or (lambda model: None)
+    subject = f"merged {outcome.dtype}" + (f" into the {outcome.merge_base} base" if rival.prepare else "")
     try:
-        pairs = [(one.folder, one.weight) for one in inputs]
-        reference = compute_reference(base, pairs, texts, path, dtype=dtype, check=watch.check)
+        reference = compute_reference(base, rival.pairs, texts, path, dtype=dtype, check=watch.check, prepare=prepare)
         if len(inputs) == 1 and inputs[0].weight == 1:
             _against_record(reference, inputs[0], options, outcome)
-        merged = measure_folder(out, reference, f"merged {outcome.dtype}", dtype=dtype, check=watch.check)
+        merged = measure_folder(out, reference, subject, dtype=dtype, check=watch.check)
+        if rival.write is not None:
+            merged = _better(merged, rival.write(), reference, out, options, outcome, watch)
     finally:
         path.unlink(missing_ok=True)
     within = within_bounds(merged, options, outcome.dtype)
@@ -64,6 +83,34 @@ def measure_merge(
             f"the adapter moves the base by at most {merged.base_to_adapter_diff:.2g} nats on the measured texts: "
             "the comparison proves little, and the adapter does little"
         )
+
+
+def _better(
+    merged: Measurement, other: Path, reference: Reference, out: Path, options: MergeOptions, outcome: MergeOutcome,
+    watch: MergeWatch,
+) -> Measurement:  # fmt: skip
+    """Measure the rival's weights beside the same files; `out` then holds the better, whose figures are returned."""
+    dtype = torch.float32 if options.measure.dtype == "float32" else "auto"
+    weights = [path.relative_to(other) for path in other.rglob("*") if path.is_file()]
+    for path in out.rglob("*"):
+        relative = path.relative_to(out)
+        if path.is_file() and relative not in weights:
+            (other / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, other / relative)
+    subject = f"merged {outcome.dtype} into the dequantized base"
+    rival = measure_folder(other, reference, subject, dtype=dtype, check=watch.check)
+    if rival.mean_kl >= merged.mean_kl:
+        outcome.measurements.append((rival, within_bounds(rival, options, outcome.dtype)))
+        shutil.rmtree(other)
+        return merged
+    outcome.measurements.append((merged, within_bounds(merged, options, outcome.dtype)))
+    # A process that dies between two files must not take this mixture for finished shards of the first merge.
+    out.with_name(out.name + STATE_FILE).unlink(missing_ok=True)
+    for relative in weights:
+        (other / relative).replace(out / relative)
+    shutil.rmtree(other)
+    outcome.merge_base = "dequantized"
+    return rival
 
 
 def measure_export(

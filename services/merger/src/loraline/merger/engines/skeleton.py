@@ -70,18 +70,18 @@ def _short(name: str, prefix: str) -> str:
     return name.removeprefix(prefix)
 
 
-def linear_weights(folder: Path, stored: frozenset[str] | None) -> frozenset[str]:
+def linear_weights(folder: Path, stored: frozenset[str] | None, *, routers: bool = False) -> frozenset[str]:
     """Return the weights of linear layers other than the head, under the names of the files.
 
     `stored` are the tensors that the files hold; None returns the model's own names, heads and routers included.
+    Routers of a mixture of experts are left out unless asked for.
     """
     model = build_skeleton(folder)
     names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if stored is None:
         return frozenset(names)
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
-    kept = {
-        name for name in names if name != f"{head}.weight" and not name.endswith((".gate.weight", ".router.weight"))
-    }
+    left = () if routers else (".gate.weight", ".router.weight")
+    kept = {name for name in names if name != f"{head}.weight" and not name.endswith(left)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return frozenset(found for name in kept for found in (name, _short(name, prefix)) if found in stored)
