@@ -5,7 +5,6 @@ the key `wrong` is refused; the model `missing` is not found; the adapter's styl
 """
 
 # pyright: reportAbstractUsage=false, reportIncompatibleMethodOverride=false
-# The fakes serve a part of each service on purpose.
 
 from __future__ import annotations
 
@@ -181,7 +180,7 @@ class Stopped(Exception):
 async def convert_work(platform, job, request):
     await platform.progress(job, 1, 1)
     if request.source.subpath == "nobody":
-        raise ValueError("Nobody speaks in these files.")
+        raise ValueError("Nobody speaks here.")
     note = job_pb2.Note(severity=job_pb2.SEVERITY_WARNING, message="2 rows set aside \x1b[31m")
     await platform.event(job.name, note=note)
     files = {"train.jsonl": f"{request.source.subpath} {request.source.artifact.digest}".encode()}

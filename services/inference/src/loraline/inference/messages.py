@@ -24,10 +24,10 @@ FINISH = {
 }
 
 
-def sampling_of(message: inference_pb2.SamplingParameters) -> Sampling:
-    """Read sampling parameters; what is unset gets the contract's defaults."""
+def sampling_of(message: inference_pb2.SamplingParameters, most_tokens: int) -> Sampling:
+    """Read sampling parameters; what is unset gets the contract's defaults, within the server's `most_tokens`."""
     return Sampling(
-        max_tokens=message.max_tokens or DEFAULT_MAX_TOKENS,
+        max_tokens=message.max_tokens or min(DEFAULT_MAX_TOKENS, most_tokens),
         temperature=message.temperature if message.HasField("temperature") else DEFAULT_TEMPERATURE,
         top_p=message.top_p if message.HasField("top_p") else 1.0,
         top_k=message.top_k,

@@ -48,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         question = Question(
             model=request.model,
             prompt=request.prompt,
-            sampling=sampling_of(request.sampling),
+            sampling=sampling_of(request.sampling, self._generation.settings.max_tokens),
             constraint=constraint_of(request.structured),
         )
         for left in reversed(range(request.structured.retries + 1)):
@@ -235,7 +235,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return Question(
             model=request.model,
             messages=[{"role": message.role, "content": message.content} for message in request.messages],
-            sampling=sampling_of(request.sampling),
+            sampling=sampling_of(request.sampling, self._generation.settings.max_tokens),
             constraint=constraint,
         )
 

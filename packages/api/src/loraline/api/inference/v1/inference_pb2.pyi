@@ -91,7 +91,7 @@ class SamplingParameters(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Longest answer in tokens; 0 means 256. INVALID_ARGUMENT above the server's cap."""
+    """Longest answer in tokens; 0 means 256, or the server's cap where that is less. INVALID_ARGUMENT above the cap."""
     temperature: _builtins.float
     """Temperature; unset means 0.7, 0 is greedy."""
     top_p: _builtins.float
