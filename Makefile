@@ -28,7 +28,7 @@ test: setup-dev ## Every test that needs no GPU
 test-fast: setup-dev ## The tests that take seconds
 	@$(PYTEST) -m "not slow and not packages" $(PYTEST_ARGS)
 
-check: lint types imports check-proto check-docs ## Everything that reads the code without running it
+check: lint types imports check-proto check-docs check-lock ## Everything that reads the code without running it
 
 lint: setup-dev ## ruff
 	@$(BIN)/ruff check .
@@ -54,6 +54,9 @@ check-docs: setup-dev ## Compare generated pages with a fresh run
 	@fresh=$$(mktemp); $(BIN)/python -m loraline.core.diagnostics.page "$$fresh"; \
 	  diff -q docs/troubleshooting.md "$$fresh" >/dev/null || { echo "docs/troubleshooting.md is stale; run: $(BIN)/python -m loraline.core.diagnostics.page docs/troubleshooting.md"; exit 1; }; \
 	  rm "$$fresh"; echo "docs/troubleshooting.md matches the diagnostics entries"
+
+check-lock: setup-dev ## Compare the pinned requirements with what the packages ask for
+	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh --check
 
 lock: setup-dev ## Write requirements/*.txt anew
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh

@@ -12,7 +12,7 @@ say() { printf '==> %s\n' "$*"; }
   echo "Loraline needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=python3.12, for example." >&2
   exit 1
 }
-inputs=(requirements/all.txt requirements/torch.txt requirements/torch-cpu.txt tools/setup.sh
+inputs=(requirements/all.txt requirements/torch.txt requirements/torch-cpu.txt requirements/build.txt tools/setup.sh
   packages/*/pyproject.toml services/*/pyproject.toml)
 [[ $want == dev ]] && inputs+=(requirements/dev.txt)
 stamp=$venv/.loraline-$want
@@ -21,7 +21,7 @@ if [[ -f $stamp && $(cat "$stamp") == "$digest" ]]; then exit 0; fi
 
 [[ -x $venv/bin/python ]] || { say "making $venv"; "$python" -m venv "$venv"; }
 [[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade >/dev/null
-[[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
+[[ -x $venv/bin/uv ]] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/build.txt
 export VIRTUAL_ENV=$PWD/$venv
 [[ $venv == /* ]] && export VIRTUAL_ENV=$venv
 # As pip does: the certificates of the machine, for networks whose proxy has its own.
@@ -40,7 +40,7 @@ fi
 say "installing the pinned packages (a minute or two the first time)"
 uv -r requirements/all.txt
 [[ $want == dev ]] && uv -r requirements/dev.txt
-"$venv/bin/uv" pip install --quiet --no-deps -e packages/api -e packages/core -e packages/client -e packages/allinone \
+"$venv/bin/uv" pip install --quiet --no-deps --build-constraints requirements/build.txt -e packages/api -e packages/core -e packages/client -e packages/allinone \
   -e services/datagen -e services/trainer -e services/merger -e services/inference
 echo "$digest" >"$stamp"
 say "ready: $venv"

@@ -249,10 +249,14 @@ async def test_limits_name_field_and_limit(service: Service) -> None:
         error = await refused(service.call("Generate", request))
         assert error.code == grpc.StatusCode.INVALID_ARGUMENT, field
         assert field in error.fields, (field, error.fields)
-    for request in (ask(), ask(), ask()):
-        field = ["session", "profile", "language"].pop()
+    for field in ("session", "profile", "language"):
+        request = ask()
         setattr(request, field, "x")
-        assert (await refused(_drain(service, request))).code == grpc.StatusCode.UNIMPLEMENTED
+        error = await refused(_drain(service, request))
+        assert (error.code, field in error.message) == (grpc.StatusCode.UNIMPLEMENTED, True), field
+    for token in ("²", "٣", "x", "-1"):
+        error = await refused(service.call("ListModels", pb.ListModelsRequest(page_token=token)))
+        assert error.reason == "PAGE_TOKEN_INVALID", token
 
 
 async def test_messages_cannot_speak_control_tokens(service: Service) -> None:

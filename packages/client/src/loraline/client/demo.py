@@ -26,7 +26,7 @@ from loraline.client.cli.progress import View, view
 from loraline.client.cli.summary import report_data, tell_answers, tell_checks, tell_places, tell_stages
 from loraline.client.pipeline import serving
 from loraline.client.pipeline.reading import read_pipeline
-from loraline.client.pipeline.report import AskedPrompt, Check, PipelineReport, marked_share
+from loraline.client.pipeline.report import AskedPrompt, Check, PipelineReport, marked_share, missing
 from loraline.client.pipeline.spec import PipelineSpec
 
 PIPELINE = Path("examples/persona/pipeline.yaml")
@@ -67,7 +67,7 @@ def _shall_ask_merged(called: Invocation, spec: PipelineSpec, wanted: bool | Non
 def check_style(report: PipelineReport) -> list[Check]:
     """Return whether the tuned answers carry the marks of the style, and the base's do not."""
     if not report.markers or not report.answers:
-        return []
+        return [missing("style")] if "ask" in report.expected else []
     checks = []
     for who in report.answers[0].answers:
         marked, count = marked_share(report.answers, who, report.markers)

@@ -260,7 +260,7 @@ def _actor() -> str:
 
 
 def _page_begin(token: str) -> int:
-    if token and not token.isdigit():
+    if token and not (token.isascii() and token.isdigit()):
         message = "page_token is not one of this server's; leave it empty for the first page."
         raise invalid_argument("PAGE_TOKEN_INVALID", message, page_token=message)
     return int(token or 0)

@@ -85,6 +85,8 @@ class PipelineReport:
     answers: list[AskedPrompt] = field(default_factory=list)
     markers: tuple[str, ...] = ()
     seconds: float = 0.0
+    expected: frozenset[str] = frozenset()
+    """Stages of the pipeline that owe evidence: `train`, `merge`, `serve` (an adapter), `ask` (with markers)."""
 
     def result(self, kind: type[Any]) -> Any:
         """Return the result of a type, such as TrainResult; None when no stage made one."""
@@ -97,21 +99,30 @@ class PipelineReport:
         return served.proof if served is not None and served.HasField("proof") else None
 
     def checks(self) -> list[Check]:
-        """Return every piece of evidence that this run should have given, and whether it holds."""
+        """Return every piece of evidence that this run should have given; what is missing does not hold."""
         checks: list[Check] = []
         train: trainer_pb2.TrainResult | None = self.result(trainer_pb2.TrainResult)
         merge: merger_pb2.MergeResult | None = self.result(merger_pb2.MergeResult)
         if train is not None:
             checks += [check_receipt(train.receipt), check_probes(train.probes)]
+        elif "train" in self.expected:
+            checks += [missing("token receipt"), missing("probes")]
         if merge is not None:
             checks.append(check_merge(merge))
+        elif "merge" in self.expected:
+            checks.append(missing("measured merge"))
         adapter_served = any(
             outcome.served is not None and outcome.served.kind == inference_pb2.SERVED_KIND_ADAPTER
             for outcome in self.outcomes
         )
-        if adapter_served:
+        if adapter_served or "serve" in self.expected:
             checks.append(check_proof(self.proof))
         return checks
+
+
+def missing(name: str) -> Check:
+    """Return that a piece of evidence is not there."""
+    return Check(name, False, "the run gave none")
 
 
 def check_receipt(receipt: trainer_pb2.ReceiptSummary) -> Check:

@@ -67,7 +67,8 @@ class PipelineRun:
             raise first from None
         outcomes = [self._outcomes[stage.name] for stage in stages]
         markers = self._spec.ask.markers if self._spec.ask is not None else ()
-        return PipelineReport(self._spec.name, outcomes, self._answers, markers, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return PipelineReport(self._spec.name, outcomes, self._answers, markers, seconds, _owed(self._spec))
 
     async def _stage(self, stage: PlannedStage, waits: list[asyncio.Task[None]]) -> None:
         for task in waits:
@@ -236,3 +237,14 @@ def _all(failures: BaseExceptionGroup[StageFailed]) -> list[StageFailed]:
         for entry in failures.exceptions
         for failure in (_all(entry) if isinstance(entry, BaseExceptionGroup) else [entry])
     ]
+
+
+def _owed(spec: PipelineSpec) -> frozenset[str]:
+    """Return the stages that owe evidence."""
+    owed = {
+        "train": spec.train is not None,
+        "merge": spec.merge is not None,
+        "serve": spec.serve is not None and spec.serve.adapter,
+        "ask": spec.ask is not None,
+    }
+    return frozenset(stage for stage, wanted in owed.items() if wanted)
