@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 from aiohttp import web
+from google.protobuf import struct_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -109,12 +110,13 @@ async def test_paths_outside_the_allowed_folders_are_refused(running: Running, t
 async def test_a_gate_that_cannot_be_kept_is_refused_by_name(running: Running, persona: Path) -> None:
     ref = running.upload(persona / "settings")
     model = artifact_pb2.ArtifactRef(kind=artifact_pb2.ARTIFACT_KIND_MODEL, name="base")
+    no_schema = struct_pb2.Struct(fields={"type": struct_pb2.Value(string_value="thing")})
     for gate, reason, field in (
         (datagen_pb2.QualityGate(max_length=5), "BASE_MODEL_MISSING", "gate.base_model"),
         (datagen_pb2.QualityGate(base_model=ref, max_length=5), "ARTIFACT_KIND_WRONG", "gate.base_model"),
         (datagen_pb2.QualityGate(base_model=model), "ARTIFACT_NOT_FOUND", "model/base"),
         (datagen_pb2.QualityGate(language="fr"), "LANGUAGE_UNKNOWN", "fr"),
-        (datagen_pb2.QualityGate(answer_schema={"type": "thing"}), "ANSWER_SCHEMA_INVALID", "gate.answer_schema"),
+        (datagen_pb2.QualityGate(answer_schema=no_schema), "ANSWER_SCHEMA_INVALID", "gate.answer_schema"),
         (datagen_pb2.QualityGate(allow_codes=["ROW_INVALID"]), "FINDING_CANNOT_BE_ALLOWED", "ROW_INVALID"),
         (datagen_pb2.QualityGate(refuse_codes=["TYPO"]), "FINDING_UNKNOWN", "gate.refuse_codes"),
     ):
