@@ -19,7 +19,7 @@ from loraline.core.serving.addresses import free_port
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("datagen", "trainer", "merger", "inference")
 HEAVY = ("torch", "transformers", "vllm", "peft", "trl", "datasets", "pandas")
-# Names and greatest size in MB (site-packages as installed, without bytecode). The bounds are 1.2 to 2 times what was seen,
+# Names and greatest size in MB (site-packages as installed, no bytecode). The bounds are 1.2 to 2 times what was seen,
 # so that a new dependency of weight does not slip in.
 BOUND_MB = {
     "api": 60,

@@ -87,6 +87,8 @@ class CountingEngine:
         del self.adapters[internal_name]
 
     async def logprobs(self, ids: Sequence[int], adapter: str = "") -> list[float]:
+        if not self.alive:
+            raise EngineDead("killed")
         figures = self.adapters[adapter][tuple(ids)]
         return [math.nan] * (len(ids) - 1 - len(figures)) + figures
 
@@ -235,6 +237,21 @@ async def test_dead_engine_is_started_again_with_its_adapters(
         await running
     assert caught.value.reason == "ENGINE_DEAD"
     await until(lambda: CountingEngine.started[-1] is not engine and not host.why_not_ready)
+    assert await answer(host, "mareva") == "0 1 2 "
+
+
+async def test_an_engine_that_dies_while_an_adapter_is_proven_is_no_mystery(
+    make_host: MakeHost, platform: Platform, toy: Any
+) -> None:
+    host = make_host()
+    await host.start()
+    await host.load_model(TOY)
+    mareva = platform.library.publish(ADAPTER, "mareva", toy.adapters["mareva"]).ref
+    CountingEngine.started[-1].alive = False
+    with pytest.raises(LoralineError) as caught:
+        await host.load_adapter(mareva)
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD")
+    await until(lambda: len(CountingEngine.started) > 1 and not host.why_not_ready)
     assert await answer(host, "mareva") == "0 1 2 "
 
 

@@ -14,10 +14,11 @@ import grpc
 
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.inference.config import InferenceSettings
+from loraline.inference.engine_errors import engine_gone
 from loraline.inference.engines.port import Constraint, EngineDead, EngineRefused, EngineRequest, Piece, Sampling
 from loraline.inference.host import ModelHost
 from loraline.inference.metrics import InferenceMetrics
-from loraline.inference.serving import Target, engine_gone
+from loraline.inference.serving import Target
 
 _LONG_PROMPT = 20_000
 """Characters from which a prompt is tokenized in a thread."""

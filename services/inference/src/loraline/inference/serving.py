@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import structlog
 
 from loraline.core.artifacts.library import ArtifactLibrary
-from loraline.core.errors import LoralineError, failed_precondition, unavailable
+from loraline.core.errors import LoralineError, failed_precondition
 from loraline.inference.adapters.proof import Proof, prove_merged, read_evidence
 from loraline.inference.adapters.registry import AdapterRegistry
 from loraline.inference.base_model import LocalBase
@@ -150,10 +150,3 @@ def _load_failed(base: LocalBase, choice: EngineChoice, error: Exception) -> Lor
         "The log has the engine's own words above this line."
     )
     return failed_precondition("MODEL_LOAD_FAILED", message, model=base.described, engine=choice.name)
-
-
-def engine_gone() -> LoralineError:
-    """UNAVAILABLE for requests whose engine died under them."""
-    return unavailable(
-        "ENGINE_DEAD", "The engine died while it answered; it is being started again. Ask again in a moment."
-    )

@@ -21,8 +21,9 @@ from loraline.inference.adapters.checks import check_adapter
 from loraline.inference.adapters.names import internal_name, served_name
 from loraline.inference.adapters.proof import Proof, prove_adapter, prove_without_evidence, read_evidence
 from loraline.inference.base_model import LocalBase
+from loraline.inference.engine_errors import engine_gone
 from loraline.inference.engines.chat_format import ChatFormat
-from loraline.inference.engines.port import Engine, EngineRefused
+from loraline.inference.engines.port import Engine, EngineDead, EngineRefused
 from loraline.inference.metrics import InferenceMetrics
 
 _log = structlog.get_logger(__name__)
@@ -148,9 +149,13 @@ class AdapterRegistry:
         except EngineRefused as error:
             message = f"The engine does not take {what}: {error}"
             raise failed_precondition("ENGINE_REFUSED_ADAPTER", message, adapter=what) from error
+        except EngineDead as error:
+            raise engine_gone() from error
         try:
             proof = await self._prove(internal, folder, what)
             await self._make_room(internal)
+        except EngineDead as error:
+            raise engine_gone() from error
         except BaseException:
             await self._engine.unload_adapter(internal)
             raise
