@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraline.core.errors import LoralineError
-from loraline.merger.engines import streaming
 from loraline.merger.merging import AdapterInput, MergeOptions, MergeWatch, merge_folders
+from loraline.merger.weights import writer
 from loraline.merger.weights.header import read_header
 
 WEIGHTS = "model.safetensors"
@@ -190,7 +190,7 @@ def test_full_disk(tmp_path, pair, monkeypatch):
     def full(descriptor: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streaming, "write_all", full)
+    monkeypatch.setattr(writer, "write_all", full)
     assert refused(tmp_path, base, adapter).reason == "DISK_FULL"
     assert not (tmp_path / "work" / "model" / WEIGHTS).exists()
 

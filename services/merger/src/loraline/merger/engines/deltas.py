@@ -52,11 +52,13 @@ class LoraRows:
         """Return base rows plus the adapters' rows, in float32; or the rows that replace them."""
         if name in self._plan.replacements:
             return self.fresh(name, start, start + base.shape[0])
-        result = base.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
+        result = base
         for addition, a, b in self._factors(name):
             stop = start + base.shape[0]
             delta = (b @ a[:, start:stop]).T if addition.transposed else b[start:stop] @ a
-            result = result + delta * addition.scale
+            # In place, in the order of peft's own operations; a sum of a 16-bit and a 32-bit value is a 32-bit one.
+            delta = delta.to(torch.float64) if base.dtype == torch.float64 else delta
+            result = delta.mul_(addition.scale).add_(result)
             if addition.factors.magnitude_key:
                 result = self._scaled(addition, result, start)
         return result
