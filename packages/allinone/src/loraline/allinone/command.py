@@ -42,6 +42,8 @@ def up(
         raise typer.BadParameter(
             f"no stage is called {unknown[0]!r}; there are {', '.join(STAGES)}", param_hint="--stage"
         )
+    for option, address in (("--listen", listen), ("--http-listen", http_listen), ("--metrics-listen", metrics_listen)):
+        _check_address(option, address)
     given = {
         "LORALINE_DATA_DIR": str(data_dir) if data_dir else "",
         "LORALINE_LISTEN": listen,
@@ -56,3 +58,16 @@ def up(
     from loraline.core.serving.server import run
 
     run(builders(stage or ()))
+
+
+def _check_address(option: str, address: str) -> None:
+    """Refuse what is no address before anything is opened or written."""
+    if not address:
+        return
+    from loraline.core.errors import LoralineError
+    from loraline.core.serving.addresses import split_address
+
+    try:
+        split_address(address, option)
+    except LoralineError as error:
+        raise typer.BadParameter(error.message, param_hint=option) from error

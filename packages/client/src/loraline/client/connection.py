@@ -91,7 +91,7 @@ def _address_of(stage: str, address: str | None, addresses: Mapping[str, str]) -
     text = addresses.get(stage) or address or environment or DEFAULT_ADDRESS
     text = text.removeprefix("http://").removeprefix("grpc://").rstrip("/")
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise _bad("INVALID_ADDRESS", f"{text!r} is no address. Write HOST:PORT, such as {DEFAULT_ADDRESS}.")
     return text
 

@@ -68,6 +68,8 @@ def _explain_missing(app: App, name: str, message: str) -> None:
 
 def main() -> None:
     """Run the command; what a reader of a pipe leaves unread is no failure."""
+    if sys.argv[1:] == ["--version"]:
+        sys.argv[1:] = ["version"]
     try:
         build()()
     except BrokenPipeError:

@@ -33,7 +33,7 @@ def split_address(address: str, setting: str) -> tuple[str, int]:
     """Return host and port of `host:port` or `[v6]:port`; INVALID_ADDRESS names the setting otherwise."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise LoralineError(
             grpc.StatusCode.INVALID_ARGUMENT,
             "INVALID_ADDRESS",
