@@ -15,7 +15,7 @@ def test_a_wrong_address_is_wrong_input_and_leaves_nothing_behind(option: str, a
     data = tmp_path / "data"
     code = "from loraline.client.cli.main import main; main()"
     command = [sys.executable, "-c", code, "up", "--data-dir", str(data), option, address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     assert option in done.stderr and "host:port" in done.stderr
     assert not data.exists()
@@ -24,6 +24,6 @@ def test_a_wrong_address_is_wrong_input_and_leaves_nothing_behind(option: str, a
 def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     code = "from loraline.client.cli.main import main; main()"
     command = [sys.executable, "-c", code, "up", "--data-dir", str(tmp_path / "data"), "--stage", "baker"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "'baker'" in done.stderr and "trainer" in done.stderr
