@@ -45,6 +45,15 @@ def value(running: Running, name: str, **labels: str) -> float:
     return running.platform.registry.get_sample_value(f"loraline_datagen_{name}", labels) or 0.0
 
 
+async def counted(running: Running, name: str, wanted: float, **labels: str) -> float:
+    """Return a metric once it has the value wanted, or what it is after a while: a job's last figures follow it."""
+    for _ in range(100):
+        if value(running, name, **labels) >= wanted - 1e-9:
+            break
+        await asyncio.sleep(0.1)
+    return value(running, name, **labels)
+
+
 async def test_what_a_job_does_shows_in_the_services_metrics(running: Running, provider: FakeProvider) -> None:
     busy = web.json_response({"error": {"code": "rate_limit_exceeded", "message": "slow"}}, status=429)
     text = json.dumps({"items": [{"instruction": "a", "response": "b\nc"}]}).replace("\\n", "\n")
@@ -55,7 +64,7 @@ async def test_what_a_job_does_shows_in_the_services_metrics(running: Running, p
     assert result.rows_by_outcome["unparsable_answer"] == 1
     assert result.rows_by_outcome["repaired"] == 1
     route = {"endpoint": "default", "model": "toy"}
-    assert value(running, "rows_total", outcome="accepted") == 30
+    assert await counted(running, "rows_total", 30, outcome="accepted") == 30
     assert value(running, "rows_total", outcome="unparsable_answer") == 1
     assert value(running, "quota_errors_total", reason="rate", **route) == 1
     assert value(running, "waiting_seconds_total") > 0
@@ -100,7 +109,7 @@ async def test_a_cost_bound_pauses_and_resuming_grants_it_again(
     assert job.progress.metrics["cost_usd"] == pytest.approx(0.15)
     result_of(await resume(running, job.name))
     assert len(provider.requests) == 6
-    assert value(running, "cost_usd_total", endpoint="default", model="toy") == pytest.approx(0.3)
+    assert await counted(running, "cost_usd_total", 0.3, endpoint="default", model="toy") == pytest.approx(0.3)
 
 
 async def test_a_second_key_stands_in_for_an_exhausted_one(

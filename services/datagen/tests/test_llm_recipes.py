@@ -17,12 +17,12 @@ from loraline.datagen.llms.endpoint import all_from_environment
 from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
-from loraline.datagen.llms.language import is_written_in
 from loraline.datagen.llms.ledger import CallRecord, Ledger, payload_digest
 from loraline.datagen.llms.prompting import EVOLUTIONS, LlmSettings, Prompter
 from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.llms.request import llm_of
 from loraline.datagen.llms.routes import Pace
+from loraline.datagen.quality.rules.language import is_written_in
 from loraline.datagen.rows import Row
 
 from .conftest import FakeProvider, completion, items
@@ -135,7 +135,7 @@ async def test_rows_in_another_language_are_turned_down(provider: FakeProvider) 
     korean = [{"instruction": f"바다는 어디에 있나요 {n}", "response": "저기에 있어요"} for n in range(2)]
     provider.replies = [completion(json.dumps([*items(0, 1), *korean]))]
     rows, intake = await run(LlmSettings(RECIPES["instruction-response"], 2, 3, language="ko"))
-    assert len(rows) == 2 and intake.outcomes["rejected_language"] == 1
+    assert len(rows) == 2 and intake.outcomes["rejected_wrong_language"] == 1
     assert "in Korean" in question(provider.requests[0])
 
 

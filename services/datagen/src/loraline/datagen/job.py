@@ -23,6 +23,7 @@ from loraline.datagen.quality.findings import Finding
 from loraline.datagen.quality.gate import Gate, refusal
 from loraline.datagen.quality.report import write_report
 from loraline.datagen.quality.request import gate_of, settings_of
+from loraline.datagen.quality.rows import RowCheck
 from loraline.datagen.rows import Row
 from loraline.datagen.sources import convert_rows, template_rows
 from loraline.datagen.spec import named_sources, split_of
@@ -120,7 +121,10 @@ class _DatasetJob:
         context = self._context
         hooks = job_hooks(context, recipe.rows, lambda _, figures: self._report(name, spool, figures))
         folder = context.workdir / f"llm-{index + 1}"
-        intake = llm_rows(recipe, self._seed, name, folder, lambda row: spool.add(row, name), hooks, context.settings)
+        check = RowCheck(settings_of(self._request.gate, context.library), self._gate)
+        intake = llm_rows(
+            recipe, self._seed, name, folder, lambda row: spool.add(row, name), hooks, context.settings, check
+        )
         self._outcomes.update(intake.outcomes)
         self._told.append({
             "name": name, "kind": "llm", "recipe": recipe.recipe, "models": dict(intake.models),

@@ -1,4 +1,4 @@
-"""From recorded answers to accepted rows: salvage, schema, language, duplicates, all counted."""
+"""From recorded answers to accepted rows: salvage, schema, the gate's rules, duplicates, all counted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from loraline.datagen.llms.language import is_written_in
 from loraline.datagen.llms.ledger import CallRecord
 from loraline.datagen.llms.novelty import InstructionPool
 from loraline.datagen.llms.prompting import LlmSettings
-from loraline.datagen.llms.recipes import ItemError, Messages
+from loraline.datagen.llms.recipes import ItemError
 from loraline.datagen.llms.salvage import Item, salvage
 from loraline.datagen.llms.schemas import compiled, required_keys
+from loraline.datagen.quality.rows import RowCheck
+from loraline.datagen.quality.rules.language import is_written_in
 from loraline.datagen.rows import Row, row_digest
 
 SHOWN_UNPARSABLE = 20
@@ -23,15 +24,17 @@ REFUSES = re.compile(r"\s*(?:I(?:'m| am) sorry|Sorry,|I can(?:'t|not) |As an AI\
 class Intake:
     """Takes records in the order of the ledger, live or when it is read again, with the same result both times.
 
-    `accept` gets each row; `unparsable` each answer that held no item, with the reason.
+    `accept` gets each row; `unparsable` each answer that held no item, with the reason. `check` turns down rows for
+    which the gate would refuse the dataset; without one it is that of the default gate.
     """
 
     def __init__(
         self, settings: LlmSettings, name: str, accept: Callable[[Row], Any],
-        unparsable: Callable[[CallRecord, str], None] | None = None,
+        unparsable: Callable[[CallRecord, str], None] | None = None, check: RowCheck | None = None,
     ):  # fmt: skip
         self._settings, self._name, self._accept = settings, name, accept
         self._unparsable = unparsable or (lambda _record, _why: None)
+        self._check = check or RowCheck()
         self._validator = compiled(settings.recipe.item_schema)
         self._keys = required_keys(settings.recipe.item_schema)
         self._seen: set[bytes] = set()
@@ -95,33 +98,41 @@ class Intake:
                 message["content"].encode("utf-8")
         except (ItemError, UnicodeEncodeError):
             return "rejected_content"
-        problem = self._problem(messages)
+        mended = self._check.mended(messages)
+        source = f"{self._name}:call-{record.call + 1}.{number + 1}"
+        row = Row(mended, recipe.name, f"llm:{record.model}", source, recipe.format, repaired=repaired)
+        problem = self._problem(row)
         if problem:
             return problem
-        digest = row_digest(messages)
+        return self._accept_new(row, mended=mended != messages)
+
+    def _accept_new(self, row: Row, *, mended: bool) -> str:
+        """Accept a row that is fit for training, unless it is there already or too many."""
+        digest = row_digest(row.messages)
         if digest in self._seen:
             return "duplicate"
         if self.complete:
             return "surplus"
         self._seen.add(digest)
         self.accepted += 1
-        if recipe.context:
-            self.pool.add(messages[0]["content"])
-        source = f"{self._name}:call-{record.call + 1}.{number + 1}"
-        row = Row(messages, recipe.name, f"llm:{record.model}", source, recipe.format, repaired=repaired)
-        if repaired:
+        if self._settings.recipe.context:
+            self.pool.add(row.messages[0]["content"])
+        if row.repaired:
             self.outcomes["repaired"] += 1
+        if mended:
+            self.outcomes["mended"] += 1
         self._accept(row)
         return ""
 
-    def _problem(self, messages: Messages) -> str:
-        if not all(message["content"].strip() for message in messages):
-            return "rejected_empty"
-        language, recipe = self._settings.language, self._settings.recipe
+    def _problem(self, row: Row) -> str:
+        fault = self._check.fault(row)
+        if fault:
+            return f"rejected_{fault.lower()}"
+        language, recipe, messages = self._settings.language, self._settings.recipe, row.messages
         if language:
             said = [m["content"] for m in messages if m["role"] == "user" or recipe.format != "json"]
             if not all(is_written_in(text, language) for text in said):
-                return "rejected_language"
+                return "rejected_wrong_language"
         if recipe.context:
             if REFUSES.match(messages[-1]["content"]):
                 return "rejected_refusal"

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loraline.datagen.llms.language import NAMES
 from loraline.datagen.llms.recipes import Recipe
+from loraline.datagen.quality.settings import LANGUAGES
 
 WRAPPER = "items"
 EVOLUTIONS = (
@@ -62,7 +62,7 @@ class Prompter:
         self._first, self._step = draw % total, _coprime(draw >> 20, total)
         parts = [settings.brief] if settings.brief else []
         if settings.language:
-            parts.append(f"Write everything that people say in {NAMES[settings.language]}.")
+            parts.append(f"Write everything that people say in {LANGUAGES[settings.language]}.")
         self._brief = parts
         self._shots = [f"Example of a user turn: {prompt}\nExample of its answer: {response}"
                        for prompt, response in settings.few_shots]  # fmt: skip
@@ -124,7 +124,8 @@ def _coprime(start: int, total: int) -> int:
 def _format(recipe: Recipe) -> Mapping[str, Any]:
     schema = {
         "type": "object",
-        "properties": {WRAPPER: {"type": "array", "items": recipe.item_schema}},
+        # At least one: a weak model takes the shortest way out that the schema leaves, an empty list.
+        "properties": {WRAPPER: {"type": "array", "minItems": 1, "items": recipe.item_schema}},
         "required": [WRAPPER],
         "additionalProperties": False,
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.core.errors import invalid_argument
 from loraline.core.structs import json_value
-from loraline.datagen.llms.language import check_language
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import check_context, find_recipe, with_schema
+from loraline.datagen.quality.settings import check_language
 
 
 def llm_of(recipe: datagen_pb2.LlmRecipe, field: str) -> LlmSettings:

@@ -20,6 +20,7 @@ from loraline.datagen.llms.intake import Intake
 from loraline.datagen.llms.ledger import CallRecord, Ledger
 from loraline.datagen.llms.request import llm_of
 from loraline.datagen.llms.routes import Pace
+from loraline.datagen.quality.rows import RowCheck
 from loraline.datagen.rows import Row
 
 LIMITS_FOLDER = "llm-limits"
@@ -33,10 +34,12 @@ def llm_rows(
     accept: Callable[[Row], Any],
     hooks: Hooks | None = None,
     core: CoreSettings | None = None,
+    check: RowCheck | None = None,
 ) -> Intake:
     """Ask the recipe's endpoints until all rows were given to `accept`; return the counts. Runs its own event loop.
 
-    `folder` keeps the ledger and `unparsable.jsonl` (answers that held no item, with the reason); None keeps nothing.
+    `check` turns down rows that the dataset's gate would refuse. `folder` keeps the ledger and `unparsable.jsonl`
+    (answers that held no item, with the reason); None keeps nothing.
     """
     settings, own = llm_of(recipe, name), DatagenSettings()
     endpoints = endpoints_of(recipe)
@@ -47,7 +50,7 @@ def llm_rows(
     ledger = Ledger(folder / "ledger.jsonl" if folder else None)
     try:
         with _Unparsable(folder) as unparsable:
-            intake = Intake(settings, name, accept, unparsable.write)
+            intake = Intake(settings, name, accept, unparsable.write, check)
             asyncio.run(LlmRun(settings, endpoints, ledger, intake, seed, hooks, pace).run())
     finally:
         ledger.close()

@@ -41,14 +41,15 @@ class Gate:
 
     def refused(self, findings: Sequence[Finding]) -> list[Finding]:
         """Return the findings that refuse publication."""
-        return [finding for finding in findings if self._refuses(finding)]
+        return [finding for finding in findings if self.refuses(finding.code)]
 
-    def _refuses(self, finding: Finding) -> bool:
-        if finding.code in self.allow:
+    def refuses(self, code: str) -> bool:
+        """Return whether a finding of this code refuses publication."""
+        if code in self.allow:
             return False
-        if finding.meaning.structural:
+        if CODES[code].structural:
             return True
-        return finding.code in self.refuse if self.refuse else finding.meaning.severity == "error"
+        return code in self.refuse if self.refuse else CODES[code].severity == "error"
 
 
 def refusal(refused: Sequence[Finding], report: str = "") -> LoralineError:

@@ -13,11 +13,10 @@ from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.datagen.quality.gate import Gate
-from loraline.datagen.quality.settings import SIMILARITY, CheckSettings, Forbidden, Language
+from loraline.datagen.quality.settings import SIMILARITY, CheckSettings, Forbidden, Language, check_language
 from loraline.datagen.quality.tokenizer import broken_tokenizer
 
 TOKENIZER = "tokenizer.json"
-_LANGUAGES = ("", "ko", "zh", "en")
 _FORMATS: dict[int, Literal["newline", "json"]] = {
     datagen_pb2.OUTPUT_FORMAT_NEWLINE: "newline",
     datagen_pb2.OUTPUT_FORMAT_JSON: "json",
@@ -32,20 +31,12 @@ _FORBIDDEN: dict[int, Forbidden] = {
 
 def gate_of(gate: datagen_pb2.QualityGate) -> Gate:
     """Return the checked gate; INVALID_ARGUMENT names the field that is wrong."""
-    _check_language(gate.language)
+    check_language(gate.language, "gate.language")
     _check_base_model(gate)
     _check_schema(gate)
     checked = Gate(frozenset(gate.refuse_codes), frozenset(gate.allow_codes), gate.drop_duplicates)
     checked.check_codes()
     return checked
-
-
-def _check_language(language: str) -> None:
-    if language not in _LANGUAGES:
-        raise invalid_argument(
-            "LANGUAGE_UNKNOWN", f"There is no language rule for {language!r}. Give ko, zh, en, or leave it empty.",
-            gate__language="must be ko, zh or en",
-        )  # fmt: skip
 
 
 def _check_base_model(gate: datagen_pb2.QualityGate) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from loraline.datagen.quality.scripts import language_of, letters_by_script
 from loraline.datagen.rows import prompt_digest, row_digest
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
@@ -113,6 +114,11 @@ class SeenRow:
     def spoken(self) -> str:
         """The words of all answers: of those that are JSON, the text values only, without names and marks."""
         return "\n".join(spoken_words(answer) for answer in self.answers)
+
+    @cached_property
+    def language(self) -> str:
+        """What most letters of the answers are, as `language_of` names it."""
+        return language_of(letters_by_script(self.spoken))
 
     @cached_property
     def digest(self) -> bytes:

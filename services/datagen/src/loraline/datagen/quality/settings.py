@@ -7,9 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from loraline.core.errors import invalid_argument
+
 Language = Literal["", "ko", "zh", "en"]
 Forbidden = Literal["latin", "digits", "emoji", "markdown"]
 SIMILARITY = 0.8
+LANGUAGES: Mapping[str, str] = {"ko": "Korean", "zh": "Chinese", "en": "English"}
+
+
+def check_language(language: str, field: str) -> str:
+    """Return the language; INVALID_ARGUMENT when there is no rule for it."""
+    if language and language not in LANGUAGES:
+        names = ", ".join(LANGUAGES)
+        raise invalid_argument(
+            "LANGUAGE_UNKNOWN", f"{field} is {language!r}; there are rules for {names}. Give one of them, or leave it "
+            "empty.", **{field: f"must be one of {names}"},
+        )  # fmt: skip
+    return language
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Any
 import regex
 from jsonschema import Draft202012Validator
 
-from loraline.datagen.quality.findings import Finding
-from loraline.datagen.quality.rules.rule import Faults, Rule, quoted
-from loraline.datagen.quality.seen import LineIndex, SeenRow, json_object, texts_in
+from loraline.datagen.quality.rules.rule import RowRule, quoted
+from loraline.datagen.quality.seen import SeenRow, json_object, texts_in
 from loraline.datagen.quality.settings import NO_PROMISE, PROMISES, CheckSettings
 
 FENCED = re.compile(r"\A```[ \t]*[A-Za-z0-9]*[ \t]*\r?\n(?P<body>.*?)\r?\n?[ \t]*```\Z", re.DOTALL)
@@ -31,7 +30,7 @@ def inside_fence(answer: str) -> str | None:
     return match["body"].strip()
 
 
-class AnswersRule(Rule):
+class AnswersRule(RowRule):
     """Single JSON object, schema, empty fields, length.
 
     A row promises JSON when the gate wants it, when its `format` is json, or when its kind is that of a recipe with a
@@ -39,42 +38,42 @@ class AnswersRule(Rule):
     """
 
     def __init__(self, settings: CheckSettings) -> None:
+        super().__init__()
         self._settings = settings
-        self._faults = Faults()
         self._validators: dict[str, Draft202012Validator | None] = {}
 
-    def see(self, row: SeenRow) -> None:
+    def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
         """Check one row's answers."""
         promise = PROMISES.get(row.kind, NO_PROMISE)
-        self._check_length(row, self._settings.max_response_characters or promise.max_characters)
+        yield from self._length_of(row, self._settings.max_response_characters or promise.max_characters)
         if not row.answer:
             return
         fenced = inside_fence(row.answer) if row.answer.startswith("```") else None
         if fenced is not None:
-            self._faults.add("FENCED_JSON", row.number)
+            yield "FENCED_JSON", ""
         value = row.json_object if fenced is None else json_object(fenced)
         if self._promises_json(row):
             if value is None:
-                self._faults.add("NOT_JSON", row.number, f"no JSON object and nothing else, as {quoted(row.answer)}.")
+                yield "NOT_JSON", f"no JSON object and nothing else, as {quoted(row.answer)}."
             else:
-                self._check_object(row, value)
+                yield from self._object_of(row, value)
         elif self._settings.answer_format == "newline" and value is not None:
-            self._faults.add("WRONG_FORMAT", row.number)
+            yield "WRONG_FORMAT", ""
 
     def _promises_json(self, row: SeenRow) -> bool:
         if self._settings.answer_format:
             return self._settings.answer_format == "json"
         return row.format == "json" or PROMISES.get(row.kind, NO_PROMISE).schema is not None
 
-    def _check_object(self, row: SeenRow, value: Mapping[str, Any]) -> None:
+    def _object_of(self, row: SeenRow, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         validator = self._validator(row.kind)
         error = next(validator.iter_errors(value), None) if validator is not None else None
         if error is not None:
             place = error.json_path.removeprefix("$.").removeprefix("$") or "the object"
-            self._faults.add("SCHEMA_MISMATCH", row.number, f"such as {place}: {error.message[:160]}.")
+            yield "SCHEMA_MISMATCH", f"such as {place}: {error.message[:160]}."
         empty = next((path for path, text in texts_in(value) if not text.strip()), None)
         if empty is not None:
-            self._faults.add("EMPTY_FIELD", row.number, f"a field says nothing, such as {empty}.")
+            yield "EMPTY_FIELD", f"a field says nothing, such as {empty}."
 
     def _validator(self, kind: str) -> Draft202012Validator | None:
         if kind not in self._validators:
@@ -82,14 +81,9 @@ class AnswersRule(Rule):
             self._validators[kind] = Draft202012Validator(schema) if schema is not None else None
         return self._validators[kind]
 
-    def _check_length(self, row: SeenRow, longest: int) -> None:
+    def _length_of(self, row: SeenRow, longest: int) -> Iterator[tuple[str, str]]:
         if not longest:
             return
         length = max((grapheme_count(answer.strip()) for answer in row.answers if len(answer) > longest), default=0)
         if length > longest:
-            told = f"an answer is longer than {longest} characters, such as one of {length}."
-            self._faults.add("ANSWER_TOO_LONG", row.number, told)
-
-    def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
-        """Yield each fault."""
-        yield from self._faults.findings(total)
+            yield "ANSWER_TOO_LONG", f"an answer is longer than {longest} characters, such as one of {length}."

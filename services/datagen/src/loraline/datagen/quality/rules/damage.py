@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import regex
 
-from loraline.datagen.quality.findings import Finding
-from loraline.datagen.quality.rules.rule import Faults, Rule, quoted
-from loraline.datagen.quality.seen import LineIndex, SeenRow
+from loraline.datagen.quality.rules.rule import RowRule, quoted
+from loraline.datagen.quality.seen import SeenRow
 
 # Replacement characters, control characters, half surrogates, private use and non-characters.
 _DAMAGED = regex.compile(r"[\uFFFD\p{Cc}\p{Cs}\p{Co}\p{Noncharacter_Code_Point}--[\n\t\r]]", regex.V1)
@@ -33,31 +32,24 @@ def normalised(text: str) -> str:
     return unicodedata.normalize("NFC", _MARKS.sub("", plain))
 
 
-class DamageRule(Rule):
+class DamageRule(RowRule):
     """Broken characters anywhere in a row, broken tokens in answers, and text that is not normalised."""
 
-    def __init__(self) -> None:
-        self._faults = Faults()
-
-    def see(self, row: SeenRow) -> None:
+    def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
         """Check one row."""
         if all(message["content"].isascii() and message["content"].isprintable() for message in row.messages):
             return
         for message in row.messages:
             damaged = _DAMAGED.search(message["content"]) or _MISREAD.search(message["content"])
             if damaged is not None:
-                self._faults.add("BROKEN_TEXT", row.number, f"damaged characters, such as {_around(damaged)}.")
+                yield "BROKEN_TEXT", f"damaged characters, such as {_around(damaged)}."
                 break
         text = row.spoken
         broken = _GLUED.search(text) or _STRAY_LETTER.search(text)
         if broken is not None:
-            self._faults.add("BROKEN_TOKENS", row.number, f"broken words, such as {_around(broken)}.")
+            yield "BROKEN_TOKENS", f"broken words, such as {_around(broken)}."
         if any(normalised(message["content"]) != message["content"] for message in row.messages):
-            self._faults.add("NOT_NORMALISED", row.number)
-
-    def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
-        """Yield each fault."""
-        yield from self._faults.findings(total)
+            yield "NOT_NORMALISED", ""
 
 
 def _around(match: regex.Match[str]) -> str:

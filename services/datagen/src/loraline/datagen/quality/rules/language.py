@@ -8,13 +8,11 @@ from typing import Any
 
 import regex
 
-from loraline.datagen.quality.findings import Finding
-from loraline.datagen.quality.rules.rule import Faults, Rule, quoted
+from loraline.datagen.quality.rules.rule import RowRule, quoted
 from loraline.datagen.quality.scripts import DIGITS, EMOJI, LATIN, language_of, letters_by_script
-from loraline.datagen.quality.seen import LineIndex, SeenRow
-from loraline.datagen.quality.settings import CheckSettings
+from loraline.datagen.quality.seen import SeenRow
+from loraline.datagen.quality.settings import LANGUAGES, CheckSettings
 
-NAMES = {"ko": "Korean", "zh": "Chinese", "en": "English"}
 _LANGUAGE = {"ko": "ko", "zh": "zh", "latin": "en"}
 # Headings, quotations, list items, tables; bold and struck text; code; links and pictures (CommonMark and GitHub's).
 MARKDOWN = regex.compile(
@@ -29,7 +27,13 @@ _FOREIGN = {
 }
 
 
-class LanguageRule(Rule):
+def is_written_in(text: str, language: str) -> bool:
+    """Return whether most letters of a text are those of the language; a text without letters is fine."""
+    found = language_of(letters_by_script(text))
+    return found == "none" or _LANGUAGE.get(found, found) == language
+
+
+class LanguageRule(RowRule):
     """Purity of language in answers, judged by script; of JSON only the texts count, not the names of fields.
 
     An answer is in the wrong language when most of its letters are of another script (Han and Hangul weigh more than
@@ -37,36 +41,33 @@ class LanguageRule(Rule):
     """
 
     def __init__(self, settings: CheckSettings) -> None:
+        super().__init__()
         self._language, self._forbid = settings.language, settings.forbid
-        self._faults = Faults()
         self._languages: Counter[str] = Counter()
 
     def see(self, row: SeenRow) -> None:
+        """Check one row's answers and count their language."""
+        self._languages[row.language] += 1
+        super().see(row)
+
+    def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
         """Check one row's answers."""
         text = row.spoken
-        found = language_of(letters_by_script(text))
-        self._languages[found] += 1
-        if self._language and found != "none":
-            self._check_language(row, text, _LANGUAGE.get(found, found))
+        if self._language and row.language != "none":
+            yield from self._language_of(text, _LANGUAGE.get(row.language, row.language))
         for name in sorted(self._forbid):
             match = _FORBIDDEN[name].search(row.answer if name == "markdown" and not row.json_object else text)
             if match is not None:
-                told = f"{name} in the answer, such as {quoted(match.group(), 30)}."
-                self._faults.add(f"FORBIDDEN_{name.upper()}", row.number, told)
+                yield f"FORBIDDEN_{name.upper()}", f"{name} in the answer, such as {quoted(match.group(), 30)}."
 
-    def _check_language(self, row: SeenRow, text: str, found: str) -> None:
-        wanted = NAMES[self._language]
+    def _language_of(self, text: str, found: str) -> Iterator[tuple[str, str]]:
+        wanted = LANGUAGES[self._language]
         if found != self._language:
-            self._faults.add("WRONG_LANGUAGE", row.number, f"not {wanted}, such as {quoted(text)}.")
+            yield "WRONG_LANGUAGE", f"not {wanted}, such as {quoted(text)}."
             return
         stray = _FOREIGN[self._language].search(text)
         if stray is not None:
-            told = f"letters that are not {wanted}, such as {quoted(stray.group(), 30)}."
-            self._faults.add("FOREIGN_LETTERS", row.number, told)
-
-    def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
-        """Yield each fault."""
-        yield from self._faults.findings(total)
+            yield "FOREIGN_LETTERS", f"letters that are not {wanted}, such as {quoted(stray.group(), 30)}."
 
     def figures(self) -> dict[str, Any]:
         """Return rows by language."""

@@ -30,6 +30,26 @@ class Rule:
         return {}
 
 
+class RowRule(Rule):
+    """A rule that looks at each row by itself, so that it can also judge rows one by one as they are made."""
+
+    def __init__(self) -> None:
+        self._faults = Faults()
+
+    def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
+        """Yield the code of each fault of a row, with an example or nothing."""
+        raise NotImplementedError
+
+    def see(self, row: SeenRow) -> None:
+        """Count one row's faults."""
+        for code, detail in self.faults_of(row):
+            self._faults.add(code, row.number, detail)
+
+    def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
+        """Yield each fault."""
+        yield from self._faults.findings(total)
+
+
 class Faults:
     """Faults of single rows by code. The first detail of each code is told as its example."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import regex
 
 from loraline.datagen.quality.findings import Finding
-from loraline.datagen.quality.rules.rule import Faults, Rule, quoted
+from loraline.datagen.quality.rules.rule import RowRule, quoted
 from loraline.datagen.quality.seen import LineIndex, SeenRow
 from loraline.datagen.quality.tally import FirstRows
 
@@ -28,7 +28,11 @@ def _analyser() -> Any:
     return Kiwi(num_workers=1)
 
 
-class SpacingRule(Rule):
+def _runs(row: SeenRow) -> list[str]:
+    return [] if row.spoken.isascii() else _HANGUL_RUN.findall(row.spoken[:LONGEST_TEXT])
+
+
+class SpacingRule(RowRule):
     """Answers that lack spaces between words.
 
     An answer is told when the analyser would put in two spaces or more, and a quarter or more of those that it
@@ -38,29 +42,34 @@ class SpacingRule(Rule):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._analyser: Any = None
         self._missing = False
         self._korean = FirstRows()
         self._looked_at = 0
-        self._faults = Faults()
 
     def see(self, row: SeenRow) -> None:
-        """Check one row's answers, if they hold Hangul."""
-        runs = [] if row.spoken.isascii() else _HANGUL_RUN.findall(row.spoken[:LONGEST_TEXT])
-        if not runs:
+        """Check one row's answers, if they hold Hangul and it is their turn."""
+        if not _runs(row):
             return
         self._korean.add(row.number)
         step = 1 << (self._korean.count // ALL_UP_TO).bit_length()
-        if self._missing or self._korean.count % step:
+        if not self._korean.count % step:
+            super().see(row)
+
+    def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
+        """Check one row's answers, if they hold Hangul."""
+        runs = _runs(row)
+        if not runs or self._missing:
             return
         if self._analyser is None:
             self._analyser = _analyser()
             self._missing = self._analyser is None
         if not self._missing:
             self._looked_at += 1
-            self._check(row, runs)
+            yield from self._check(runs)
 
-    def _check(self, row: SeenRow, runs: list[str]) -> None:
+    def _check(self, runs: list[str]) -> Iterator[tuple[str, str]]:
         missing = spaces = 0
         example = ""
         for run in runs:
@@ -70,7 +79,7 @@ class SpacingRule(Rule):
             missing += max(more, 0)
             example = example or (f"{quoted(run, 30)}: {quoted(proposed, 40)}" if more > 0 else "")
         if missing >= MISSING_SPACES and missing >= MISSING_SHARE * spaces:
-            self._faults.add("SPACING_ERRORS", row.number, f"answers that lack spaces, such as {example}.")
+            yield "SPACING_ERRORS", f"answers that lack spaces, such as {example}."
 
     def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
         """Yield the rows that lack spaces, or that nobody could look."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loraline.datagen.quality.findings import Finding
-from loraline.datagen.quality.rules.rule import Faults, Rule, of_rows
+from loraline.datagen.quality.rules.rule import RowRule, of_rows
 from loraline.datagen.quality.seen import LineIndex, SeenRow
 from loraline.datagen.quality.tally import Frequent
 
@@ -18,7 +18,7 @@ SOUP_SHARE = 0.05
 CHARACTERS_TOLD = 12
 
 
-class TokensRule(Rule):
+class TokensRule(RowRule):
     """Lengths in tokens, truncation at max_length, unknown characters and letters written byte by byte.
 
     Lengths are those of the turns plus five tokens each for the chat template, an estimate within a few tokens of
@@ -26,13 +26,13 @@ class TokensRule(Rule):
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__()
         self._tokenizer, self._max_length = tokenizer, max_length
         self._unknown = getattr(tokenizer.model, "unk_token", None)
         self._waiting: list[SeenRow] = []
         self._lengths: Counter[int] = Counter()
         self._odd = {"UNKNOWN_CHARACTERS": Frequent(), "BYTE_SOUP": Frequent()}
         self._letters = 0
-        self._faults = Faults()
         self._lost = self._longest = 0
 
     def see(self, row: SeenRow) -> None:
@@ -45,19 +45,28 @@ class TokensRule(Rule):
         texts = [message["content"] for row in self._waiting for message in row.messages]
         encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         for row in self._waiting:
-            counts: list[tuple[str, int]] = []
-            odd: set[str] = set()
-            for message in row.messages:
-                found = next(encoded)
-                counts.append((message["role"], len(found) + TURN_TOKENS))
-                if not message["content"].isascii():
-                    odd |= self._see_characters(message["content"], found, row.number)
-            self._measure(row.number, counts)
-            for code in odd:
+            for code in self._codes_of(row, encoded):
                 self._faults.add(code, row.number)
         self._waiting.clear()
 
-    def _measure(self, number: int, counts: list[tuple[str, int]]) -> None:
+    def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
+        """Check one row; byte soup is a matter of the whole dataset."""
+        texts = [message["content"] for message in row.messages]
+        encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        yield from ((code, "") for code in self._codes_of(row, encoded) if code != "BYTE_SOUP")
+
+    def _codes_of(self, row: SeenRow, encoded: Iterator[Any]) -> list[str]:
+        """Return what is wrong with a row, whose turns are next among the encoded texts."""
+        counts: list[tuple[str, int]] = []
+        odd: set[str] = set()
+        for message in row.messages:
+            found = next(encoded)
+            counts.append((message["role"], len(found) + TURN_TOKENS))
+            if not message["content"].isascii():
+                odd |= self._see_characters(message["content"], found, row.number)
+        return [*self._measure(counts), *sorted(odd)]
+
+    def _measure(self, counts: list[tuple[str, int]]) -> Iterator[str]:
         length = sum(count for _, count in counts)
         self._lengths[length] += 1
         self._longest = max(self._longest, length)
@@ -69,7 +78,7 @@ class TokensRule(Rule):
                 break
             before += count
         self._lost += length - self._max_length
-        self._faults.add("ANSWER_CUT_AWAY" if before >= self._max_length else "ROW_TRUNCATED", number)
+        yield "ANSWER_CUT_AWAY" if before >= self._max_length else "ROW_TRUNCATED"
 
     def _see_characters(self, text: str, encoded: Any, number: int) -> set[str]:
         """Count characters without a token of their own; return the codes of what was found."""
