@@ -76,8 +76,13 @@ def _stop(deployment: Deployment) -> None:
 ENGINE = {
     "LORALINE_INFERENCE_ENGINE": "vllm",
     "LORALINE_INFERENCE_KV_CACHE_GIB": "1",
-    "LORALINE_INFERENCE_MAX_MODEL_LEN": "512",
+    "LORALINE_INFERENCE_MAX_MODEL_LEN": "1024",
 }
+
+
+def _language_model(http: str, **key: str) -> dict[str, str]:
+    """The platform's own models as the endpoint that datagen asks."""
+    return {"LLM_BASE_URL": f"http://{http}/v1", **key}
 
 
 @contextmanager
@@ -88,6 +93,7 @@ def all_in_one(folder: Path) -> Iterator[Deployment]:
         "LORALINE_LISTEN": address,
         "LORALINE_METRICS_LISTEN": f"127.0.0.1:{free_port()}",
         "LORALINE_INFERENCE_HTTP_LISTEN": http,
+        **_language_model(http, LLM_API_KEY_FILE=str(data / "client.key")),
         **ENGINE,
     }
     deployment = Deployment("all-in-one", {"LORALINE_ADDRESS": address}, f"http://{http}", "", folder)
@@ -127,6 +133,7 @@ def four_services(folder: Path) -> Iterator[Deployment]:
             "LORALINE_S3_SECRET_KEY": s3.secret_key,
             "LORALINE_KEYS_FILE": str(keys),
             "LORALINE_INFERENCE_HTTP_LISTEN": http,
+            **_language_model(http, LLM_API_KEY=key),
             **ENGINE,
         }
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 
 import openai
 import pytest
+from google.protobuf import json_format, struct_pb2
 
+from loraline.api.datagen.v1 import datagen_pb2
 from loraline.api.inference.v1.inference_pb2 import SamplingParameters
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.client import Loraline, LoralineApiError, parse_ref
@@ -154,6 +157,35 @@ def test_openai_client_streams_from_the_adapter(finished: list[dict[str, Any]], 
     )
     streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
     assert streamed == whole.choices[0].message.content
+
+
+def test_datagen_writes_rows_with_the_model_that_vllm_serves(
+    finished: list[dict[str, Any]], deployment: Deployment, client: Loraline
+) -> None:
+    """The toy base writes nonsense; that its rows fit the schema is the work of structured output."""
+    models = openai.OpenAI(base_url=f"{deployment.http}/v1", api_key=deployment.key, max_retries=0).models.list()
+    base = next(model.id for model in models if (model.model_extra or {})["parent"] is None)
+    word = {"type": "string", "pattern": "^[a-z]{3,12}$"}
+    schema = {
+        "type": "object", "properties": {"prompt": word, "completion": word}, "required": ["prompt", "completion"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    recipe = datagen_pb2.LlmRecipe(
+        recipe="instruction-response", rows=4, batch_size=1, endpoints=[datagen_pb2.LlmEndpoint(model=base)],
+        system_prompt="Write.", temperature=1, topics=["sea", "salt", "rope", "snow"], max_tokens=160,
+        max_candidates_ratio=10, item_schema=json_format.ParseDict(schema, struct_pb2.Struct()),
+    )  # fmt: skip
+    request = datagen_pb2.GenerateDatasetRequest(name="nonsense", sources=[datagen_pb2.DatasetSource(llm=recipe)])
+    result = client.jobs.result(client.datagen.generate(request).name, datagen_pb2.DatasetResult)
+    assert (result.train_rows + result.validation_rows, result.rows_by_outcome["accepted"]) == (4, 4)
+    assert "rejected_schema" not in result.rows_by_outcome
+    folder = deployment.folder / "nonsense"
+    client.artifacts.download(result.dataset, folder)
+    rows = [json.loads(line) for name in ("train", "validation") for line in (folder / f"{name}.jsonl").open()]
+    assert all(re.fullmatch("[a-z]{3,12}", message["content"]) for row in rows for message in row["messages"])
+    card = json.loads((folder / "data_card.json").read_text())
+    assert card["sources"][0]["models"].keys() == {base}
+    assert card["sources"][0]["completion_tokens"] > 0
 
 
 def test_wrong_keys_are_refused_on_both_doors(
