@@ -43,13 +43,7 @@ def make_model(folder: Path, layers: int, shards: int) -> int:
         dtype="bfloat16", architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
     ).save_pretrained(folder)  # fmt: skip
     make_tokenizer(folder)
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in LAYER_SHAPES.items()}
-        shapes |= {
-            f"model.layers.{layer}.{n}.weight": (HIDDEN,) for n in ("input_layernorm", "post_attention_layernorm")
-        }
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    shapes = shapes_of(layers)
     noise = (torch.randn(VOCABULARY * HIDDEN) * 0.02).to(torch.bfloat16)
     total = sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())
     groups: list[dict[str, tuple[int, ...]]] = [{}]
@@ -74,6 +68,17 @@ def make_model(folder: Path, layers: int, shards: int) -> int:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in LAYER_SHAPES.items()}
+        shapes |= {
+            f"model.layers.{layer}.{n}.weight": (HIDDEN,) for n in ("input_layernorm", "post_attention_layernorm")
+        }
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return shapes
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -238,9 +243,8 @@ def compare(scratch: Path, layers: int, rounds: int, *, measure: bool) -> None:
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     print(f"ratio loraline/cp {middle['loraline'] / middle['cp']:.2f} aim <=1.25")
     print(f"ratio loraline/peft {middle['loraline'] / middle['peft']:.2f} aim <=0.20")
-    print(
-        f"memory over imports and adapter {max(peaks) - factors / MIB:.0f} MiB (over imports {max(peaks):.0f}) aim <=150"
-    )
+    over = max(peaks) - factors / MIB
+    print(f"memory over imports and adapter {over:.0f} MiB (over imports {max(peaks):.0f}) aim <=150")
     if measure:
         result = child("measured", base, adapter, scratch)
         print(f"measured merge: {result['seconds']:.1f} s to write, {result['measure']:.1f} s to measure "

@@ -125,7 +125,11 @@ async def test_merge_check_repair(tmp_path, make_base, make_adapter):
         assert [finding.code for finding in found.findings] == ["TOKENIZER_REPLACED"]
         assert stage.platform.library.fetch(found.report).joinpath("report.json").exists()
         metrics = generate_latest(stage.platform.registry).decode()
-        assert "loraline_merge_last_mean_kl_nats" in metrics
+        for name in ("mean_kl_nats", "peak_memory_bytes", "bytes_per_second", "measure_seconds"):
+            assert f"loraline_merge_last_{name} " in metrics
+        assert 'loraline_merge_written_bytes_total{kind="merge"}' in metrics
+        assert 'loraline_merge_seconds_total{part="measure"}' in metrics
+        assert 'loraline_model_findings_total{code="TOKENIZER_REPLACED",severity="info"} 1.0' in metrics
         assert not any("/jobs/" in str(path) for path in (tmp_path / "data").glob("jobs/*/model"))
 
 

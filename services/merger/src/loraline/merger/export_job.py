@@ -11,7 +11,7 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.merger.v1 import merger_pb2
 from loraline.core.artifacts.refs import format_ref
-from loraline.core.errors import resource_exhausted
+from loraline.core.errors import LoralineError, resource_exhausted
 from loraline.core.jobs.context import JobContext
 from loraline.merger.config import MergerSettings
 from loraline.merger.spec import ExportSpec, export_spec
@@ -28,6 +28,9 @@ def run_export(context: JobContext, request: merger_pb2.ExportModelRequest) -> m
     spec = export_spec(request)
     try:
         return _export(context, spec, context.library.resolve(request.model), request)
+    except LoralineError as error:
+        context.count("refused", reason=error.reason)
+        raise
     except MemoryError as error:
         raise resource_exhausted(
             "OUT_OF_MEMORY", "The export did not fit into memory while it was measured. Use a larger machine."
@@ -51,6 +54,7 @@ def _export(
 
     watch = MergeWatch(context.check_stop, bytes_done, lambda text: context.note(text, reason="EXPORT_STAGE"))
     outcome = export_folder(source, out, spec, MergerSettings().measure(), watch)
+    context.count("merge_written", outcome.size, kind="export")
     write_export_report(out, spec, outcome, source, model)
     context.check_stop()
     context.progress(fraction=0.95, message="publishing", unit="byte")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.json_format import MessageToDict
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.merger.v1 import merger_pb2
 from loraline.core.artifacts.refs import format_ref
-from loraline.core.errors import resource_exhausted
+from loraline.core.errors import LoralineError, resource_exhausted
 from loraline.core.jobs.context import JobContext
 from loraline.merger.adapter import open_adapter, trained_quantised
 from loraline.merger.base import BaseFolder, BaseSource, bring_base, recorded_base
 from loraline.merger.config import MergerSettings
 from loraline.merger.spec import MergeSpec, merge_spec
+
+if TYPE_CHECKING:
+    from loraline.merger.merging import MergeOutcome
 
 _MERGE_SHARE = 0.7
 """Part of a merge job's progress that is told by bytes written; the rest is proving and publishing."""
@@ -27,6 +30,9 @@ def run(context: JobContext, request: merger_pb2.MergeRequest) -> merger_pb2.Mer
     """Do a merge job and return its result. Everything that is wrong is a LoralineError; then nothing is published."""
     try:
         return _merge(context, merge_spec(request), MessageToDict(request, preserving_proto_field_name=True))
+    except LoralineError as error:
+        context.count("refused", reason=error.reason)
+        raise
     except MemoryError as error:
         raise resource_exhausted(
             "OUT_OF_MEMORY",
@@ -52,12 +58,7 @@ def _merge(context: JobContext, spec: MergeSpec, settings: Mapping[str, Any]) ->
     )
     out = context.workdir / "model"
     outcome = merge_folders(base.folder, inputs, out, options, _watch(context))
-    for remark in outcome.remarks:
-        context.note(remark, severity="warning", reason="MERGE_REMARK")
-    for repair in outcome.repairs:
-        context.note(f"{repair.file}: {repair.message} {repair.remedy}", severity="info", reason=repair.code)
-    for shard in outcome.written.resumed_shards:
-        context.note(f"{shard} was kept from an earlier attempt", reason="SHARD_RESUMED", file=shard)
+    _tell(context, outcome)
     write_reports(out, spec.name, outcome, options, base, refs)
     context.check_stop()
     context.progress(fraction=0.95, message="publishing", unit="byte")
@@ -78,6 +79,20 @@ def _merge(context: JobContext, spec: MergeSpec, settings: Mapping[str, Any]) ->
     return result
 
 
+def _tell(context: JobContext, outcome: MergeOutcome) -> None:
+    for remark in outcome.remarks:
+        context.note(remark, severity="warning", reason="MERGE_REMARK")
+    for repair in outcome.repairs:
+        context.note(f"{repair.file}: {repair.message} {repair.remedy}", severity="info", reason=repair.code)
+    for shard in outcome.written.resumed_shards:
+        context.note(f"{shard} was kept from an earlier attempt", reason="SHARD_RESUMED", file=shard)
+    context.count("merge_seconds", outcome.merge_seconds, part="write")
+    context.count("merge_seconds", outcome.measure_seconds, part="measure")
+    context.count("merge_written", outcome.written.bytes_written, kind="merge")
+    for repair in outcome.repairs:
+        context.count("repairs", code=repair.code)
+
+
 def _bring_base(context: JobContext, spec: MergeSpec, first_adapter: Any) -> BaseFolder:
     if spec.base is not None:
         source = BaseSource(artifact=context.library.resolve(spec.base))
@@ -95,6 +110,7 @@ def _watch(context: JobContext) -> Any:
 
     def bytes_done(done: int, total: int) -> None:
         speed = done / max(1e-6, time.monotonic() - begin)
+        context.gauge("merge_speed", speed)
         context.progress(
             step=done,
             total_steps=total,

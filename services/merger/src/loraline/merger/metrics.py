@@ -1,14 +1,15 @@
-"""Figures of the newest merge and check, read from the job table when someone asks; durations are the job engine's."""
+"""Figures of the newest merge and check from the job table, and counters that the jobs' processes feed."""
 
 from __future__ import annotations
 
-from collections import Counter
+import collections
 from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -17,6 +18,7 @@ from loraline.api.job.v1 import job_pb2
 from loraline.api.merger.v1 import merger_pb2
 from loraline.core.db.database import Database
 from loraline.core.db.schema import jobs
+from loraline.core.serving.metrics import JobMetrics
 
 _SEVERITIES = {
     merger_pb2.MODEL_FINDING_SEVERITY_INFO: "info",
@@ -24,6 +26,26 @@ _SEVERITIES = {
     merger_pb2.MODEL_FINDING_SEVERITY_ERROR: "error",
 }
 log = structlog.get_logger("loraline.metrics")
+
+
+_COUNTERS = {
+    "merge_seconds": ("loraline_merge_seconds", "Time of merges by part: write or measure.", ["part"]),
+    "merge_written": ("loraline_merge_written_bytes", "Bytes of weights that merges and exports wrote.", ["kind"]),
+    "findings": ("loraline_model_findings", "Findings of checks by code and severity.", ["code", "severity"]),
+    "repairs": ("loraline_model_repairs", "Repairs in merged and repaired models by code.", ["code"]),
+    "refused": ("loraline_merge_refused", "Merges and exports that failed with a typed error, by reason.", ["reason"]),
+}
+"""What a job counts by -> name, text and labels of the counter."""
+
+
+def declare_counters(told: JobMetrics | None, registry: CollectorRegistry) -> None:
+    """Register what jobs count as they go; `told` passes on what their processes tell, None where nothing does."""
+    counters = {
+        name: Counter(metric, text, labels, registry=registry) for name, (metric, text, labels) in _COUNTERS.items()
+    }
+    speed = Gauge("loraline_merge_bytes_per_second", "Speed of the merge that is being written.", registry=registry)
+    if told is not None:
+        told.accept(**counters, merge_speed=speed)
 
 
 class MergerMetrics(Collector):
@@ -68,6 +90,13 @@ def _merge_figures(row: Any) -> Iterator[Metric]:
     result = _unpack(row.result, merger_pb2.MergeResult())
     seconds = max(0.0, (row.end_time or 0.0) - (row.start_time or 0.0))
     yield _gauge("seconds", "Duration of the newest merge with its measurements.", seconds)
+    yield _gauge("write_seconds", "Time that writing the weights took in the newest merge.", result.merge_seconds)
+    yield _gauge("measure_seconds", "Time that the newest merge's measurements took.", result.measure_seconds)
+    peak = "Greatest anonymous memory of the newest merge's process while it wrote."
+    yield _gauge("peak_memory_bytes", peak, result.merge_peak_bytes)
+    if result.merge_seconds > 0:
+        speed = result.bytes_written / result.merge_seconds
+        yield _gauge("bytes_per_second", "Bytes of weights a second that the newest merge wrote.", speed)
     yield _gauge("written_bytes", "Bytes of weights that the newest merge wrote.", result.bytes_written)
     yield _gauge("merged_tensors", "Tensors that the newest merge changed.", result.merged_tensors)
     if result.measurements:
@@ -81,7 +110,7 @@ def _merge_figures(row: Any) -> Iterator[Metric]:
     repairs = GaugeMetricFamily(
         "loraline_merge_last_repairs", "Repairs in the newest merged model by code.", labels=["code"]
     )
-    for code, count in sorted(Counter(repair.code for repair in result.repairs).items()):
+    for code, count in sorted(collections.Counter(repair.code for repair in result.repairs).items()):
         repairs.add_metric([code], count)
     yield repairs
 
@@ -95,7 +124,9 @@ def _findings(row: Any) -> Metric:
     family = GaugeMetricFamily(
         "loraline_model_check_last_findings", "Findings of the newest check.", labels=["code", "severity"]
     )
-    counts = Counter((finding.code, _SEVERITIES.get(finding.severity, "info")) for finding in result.findings)
+    counts = collections.Counter(
+        (finding.code, _SEVERITIES.get(finding.severity, "info")) for finding in result.findings
+    )
     for labels, count in sorted(counts.items()):
         family.add_metric(list(labels), count)
     return family

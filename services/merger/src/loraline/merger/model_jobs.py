@@ -33,6 +33,8 @@ def run_check(context: JobContext, request: merger_pb2.CheckModelRequest) -> mer
     base = _locate(context, request.base_model, "base_model.path")[0] if request.HasField("base_model") else None
     context.progress(fraction=0.1, message="reading headers")
     findings = check_everything(folder, base)
+    for finding in findings:
+        context.count("findings", code=finding.code, severity=finding.severity)
     context.check_stop()
     loads = loadable(findings)
     report = context.workdir / "report"
@@ -62,6 +64,8 @@ def run_repair(context: JobContext, request: merger_pb2.RepairModelRequest) -> m
     context.progress(fraction=0.1, message="copying")
     copy_model(folder, copy)
     repaired = repair_folder(copy, base)
+    for finding in repaired:
+        context.count("repairs", code=finding.code)
     remaining = check_everything(copy, base)
     context.check_stop()
     if not repaired:

@@ -69,15 +69,7 @@ def write_gguf(
     try:
         _write_metadata(writer, gguf, sizes, vocabulary, kind, name)
         _announce(writer, gguf, weights, sizes, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        done = 0
-        for _, values, stored in _tensors(weights, sizes, kind):
-            writer.write_tensor_data(_encode(gguf, values, stored))
-            done += values.nbytes // 2
-            advance(min(done, weights.data_size), weights.data_size)
-        writer.close()
+        _write_tensors(writer, gguf, weights, sizes, kind, advance)
         greatest = compare_gguf(partial, weights, sizes, kind)
         os.replace(partial, target)  # noqa: PTH105 (one atomic step)
     except OSError as error:
@@ -85,6 +77,20 @@ def write_gguf(
     finally:
         partial.unlink(missing_ok=True)
     return Written(len(weights.by_name()), target.stat().st_size, greatest)
+
+
+def _write_tensors(
+    writer: Any, gguf: Any, weights: WeightFiles, sizes: Sizes, kind: str, advance: Callable[[int, int], None]
+) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done = 0
+    for _, values, stored in _tensors(weights, sizes, kind):
+        writer.write_tensor_data(_encode(gguf, values, stored))
+        done += values.nbytes // 2
+        advance(min(done, weights.data_size), weights.data_size)
+    writer.close()
 
 
 def compare_gguf(path: Path, weights: WeightFiles, sizes: Sizes, kind: str) -> float:

@@ -16,7 +16,7 @@ from loraline.merger.engines.measure import Measurement, Reference, compute_refe
 from loraline.merger.engines.rendering import load_tokenizer
 from loraline.merger.engines.streaming import STATE_FILE
 from loraline.merger.spec import MeasureSettings, MergeBounds
-from loraline.merger.texts import collect_texts
+from loraline.merger.texts import MeasuredText, collect_texts
 
 if TYPE_CHECKING:
     from loraline.merger.merging import AdapterInput, MergeOptions, MergeOutcome, MergeWatch
@@ -52,16 +52,8 @@ def measure_merge(
     Raises FAILED_PRECONDITION: MERGE_CHANGED_MODEL above a bound, ADAPTER_CHANGED when base+adapter does not answer as
     the trainer recorded.
     """
-    settings = options.measure
-    dtype = torch.float32 if settings.dtype == "float32" else "auto"
-    folders = [one.folder for one in inputs]
-    texts = collect_texts(
-        folders, lambda text: load_tokenizer(out).encode(text), max_tokens=settings.tokens, max_length=settings.length
-    )
-    if not texts:
-        raise failed_precondition(
-            "NOTHING_TO_MEASURE", "No text of the adapter fits into the measured length. Raise it on the server."
-        )
+    dtype = torch.float32 if options.measure.dtype == "float32" else "auto"
+    texts = _texts([one.folder for one in inputs], out, options.measure)
     path = out.with_name(out.name + ".reference.f32")
     prepare = rival.prepare or (lambda model: None)
     subject = f"merged {outcome.dtype}" + (f" into the {outcome.merge_base} base" if rival.prepare else "")
@@ -83,6 +75,18 @@ def measure_merge(
             f"the adapter moves the base by at most {merged.base_to_adapter_diff:.2g} nats on the measured texts: "
             "the comparison proves little, and the adapter does little"
         )
+
+
+def _texts(evidence: Sequence[Path], tokenizer: Path, settings: MeasureSettings) -> list[MeasuredText]:
+    def encode(text: str) -> list[int]:
+        return load_tokenizer(tokenizer).encode(text)
+
+    texts = collect_texts(evidence, encode, max_tokens=settings.tokens, max_length=settings.length)
+    if not texts:
+        raise failed_precondition(
+            "NOTHING_TO_MEASURE", "No text of the adapter fits into the measured length. Raise it on the server."
+        )
+    return texts
 
 
 def _better(
@@ -118,12 +122,7 @@ def measure_export(
 ) -> Measurement:
     """Measure an exported folder, or a GGUF file in it, against the model it was made from."""
     dtype = torch.float32 if settings.dtype == "float32" else "auto"
-    texts = collect_texts(
-        [source],
-        lambda text: load_tokenizer(source).encode(text),
-        max_tokens=settings.tokens,
-        max_length=settings.length,
-    )
+    texts = _texts([source], source, settings)
     path = out.with_name(out.name + ".reference.f32")
     try:
         reference = compute_reference(source, [], texts, path, dtype=dtype, check=watch.check)

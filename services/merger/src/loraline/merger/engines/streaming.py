@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,12 +76,8 @@ def write_merged(
                 else:
                     last = number == len(weights.shards)
 
-                    def finished(size: int, merged: int, name: str = relative) -> None:
-                        done[name] = (size, merged)
-                        _save_state(state_path, fingerprint, done)
-
                     task = _Shard(shard, rows, form, out / relative, advance, writer, last)
-                    size, merged = task.write(finished)
+                    size, merged = task.write(partial(_note_done, state_path, fingerprint, done, relative))
                 result.bytes_written += size
                 result.merged_tensors += merged
         if weights.indexed:
@@ -108,8 +105,8 @@ class _Shard:
         size, merged = len(header) + (placed[-1].end if placed else 0), 0
         self.target.parent.mkdir(parents=True, exist_ok=True)
         _require_space(self.target.parent, size)
-        partial = self.target.with_name(self.target.name + ".partial")
-        source, target = self.source.path.open("rb"), partial.open("wb", buffering=0)
+        unfinished = self.target.with_name(self.target.name + ".partial")
+        source, target = self.source.path.open("rb"), unfinished.open("wb", buffering=0)
         try:
             self.writer.write(target.fileno(), memoryview(header))
             with MappedShard(self.source) as tensors:
@@ -132,7 +129,7 @@ class _Shard:
             os.fsync(target.fileno())
             source.close()
             target.close()
-            partial.replace(self.target)
+            unfinished.replace(self.target)
             finished(size, merged)
 
         self.writer.step(finish)
@@ -237,10 +234,17 @@ def _load_state(path: Path, out: Path, fingerprint: str) -> dict[str, tuple[int,
     return {n: v for n, v in done.items() if (out / n).is_file() and (out / n).stat().st_size == v[0]}
 
 
+def _note_done(
+    path: Path, fingerprint: str, done: dict[str, tuple[int, int]], name: str, size: int, merged: int
+) -> None:
+    done[name] = (size, merged)
+    _save_state(path, fingerprint, done)
+
+
 def _save_state(path: Path, fingerprint: str, done: dict[str, tuple[int, int]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"fingerprint": fingerprint, "done": done}))
-    partial.replace(path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(json.dumps({"fingerprint": fingerprint, "done": done}))
+    unfinished.replace(path)
 
 
 def disk_error(error: OSError, folder: Path) -> LoralineError | OSError:
