@@ -248,9 +248,9 @@ async def test_killed_and_resumed_no_call_is_repeated_and_no_row_lost(provider: 
     records = list(Ledger(path).replay())
     calls = [record.call for record in records]
     assert sorted(set(calls)) == sorted(calls)
+    asked = len(provider.requests)
     again, intake = await ask(LlmSettings(RECIPES["instruction-response"], 200, 4), path)
     assert [row.to_line() for row in again] == [row.to_line() for row in rows]
-    asked = len(provider.requests)
     assert intake.candidates == sum(record.size for record in records)
     assert asked == len(provider.requests)
 

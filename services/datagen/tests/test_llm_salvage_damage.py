@@ -11,7 +11,7 @@ import pytest
 
 from loraline.datagen.llms.salvage import salvage
 
-ANSWERS = 6000
+ANSWERS = 8000
 KEYS = ("question", "parts")
 WORDS = [
     "sea",

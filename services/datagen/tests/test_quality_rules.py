@@ -100,6 +100,17 @@ def test_a_fault_is_found_in_its_rows_and_nowhere_else(
     assert finding.message
 
 
+def test_a_stated_mix_of_lines_and_json_passes(tmp_path: Path) -> None:
+    """A template's mix says of each row how it is written; lines of a kind that mostly promises JSON are no fault."""
+    lines = row("Tired.", "Rest.\nWalk: go outside.", kind="recommendation", format="newline")
+    formal = row("Sad.", RECOMMENDED % ("Sing.", "Hum", "Loudly."), kind="recommendation", format="json")
+    broken = row("Cold.", "Warm up.", kind="recommendation", format="json")
+    train, settings = among(lines, formal, broken)
+    told = found(check(tmp_path, train, persona()[TRAIN_ROWS:], settings))
+    assert told.get("NOT_JSON") == places(3)
+    assert not {"SCHEMA_MISMATCH", "WRONG_FORMAT"} & set(told)
+
+
 def test_the_persona_example_breaks_no_rule(tmp_path: Path) -> None:
     """416 rows in Chinese and English with a form of address in most answers: nothing but that they are few."""
     rows = persona()

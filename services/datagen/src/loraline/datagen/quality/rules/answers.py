@@ -63,7 +63,10 @@ class AnswersRule(RowRule):
     def _promises_json(self, row: SeenRow) -> bool:
         if self._settings.answer_format:
             return self._settings.answer_format == "json"
-        return row.format == "json" or PROMISES.get(row.kind, NO_PROMISE).schema is not None
+        # A row that was written as lines, by a template with a mix of formats, says so and promises no JSON.
+        return row.format == "json" or (
+            row.format != "newline" and PROMISES.get(row.kind, NO_PROMISE).schema is not None
+        )
 
     def _object_of(self, row: SeenRow, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         validator = self._validator(row.kind)
