@@ -43,19 +43,24 @@ class LoraRows:
         self._files: list[Any] = [safe_open(folder / WEIGHTS_FILE, framework="pt") for folder in folders]
         self._plan = plan
         self._loaded: tuple[str, list[tuple[Addition, torch.Tensor, torch.Tensor]]] = ("", [])
+        self._additions_of_one = all(len(additions) == 1 for additions in plan.additions.values())
+        self._buffer = torch.empty(0)
 
     def changes(self, name: str) -> bool:
         """Whether an adapter trained this tensor."""
         return name in self._plan.additions or name in self._plan.replacements
 
     def rows(self, name: str, base: torch.Tensor, start: int) -> torch.Tensor:
-        """Return base rows plus the adapters' rows, in float32; or the rows that replace them."""
+        """Return base rows plus the adapters' rows, in float32; or the rows that replace them.
+
+        The next call may overwrite what this one returned.
+        """
         if name in self._plan.replacements:
             return self.fresh(name, start, start + base.shape[0])
         result = base
         for addition, a, b in self._factors(name):
             stop = start + base.shape[0]
-            delta = (b @ a[:, start:stop]).T if addition.transposed else b[start:stop] @ a
+            delta = (b @ a[:, start:stop]).T if addition.transposed else self._product(b[start:stop], a)
             # In place, in the order of peft's own operations; a sum of a 16-bit and a 32-bit value is a 32-bit one.
             delta = delta.to(torch.float64) if base.dtype == torch.float64 else delta
             result = delta.mul_(addition.scale).add_(result)
@@ -67,6 +72,15 @@ class LoraRows:
         """Return rows of the tensor that an adapter saved whole."""
         replacement = self._plan.replacements[name]
         return self._files[replacement.adapter].get_slice(replacement.key)[start:stop]
+
+    def _product(self, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Return B @ A in one buffer that every block reuses: fresh memory for each costs more than the product."""
+        shape = (b.shape[0], a.shape[1])
+        if self._additions_of_one and self._buffer.numel() < shape[0] * shape[1]:
+            self._buffer = torch.empty(shape[0] * shape[1])
+        if not self._additions_of_one:
+            return b @ a
+        return torch.mm(b, a, out=self._buffer[: shape[0] * shape[1]].view(shape))
 
     def _scaled(self, addition: Addition, rows: torch.Tensor, start: int) -> torch.Tensor:
         magnitude = self._files[addition.adapter].get_tensor(addition.factors.magnitude_key).float().flatten()

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from loraline.merger.engines.deltas import TORCH_DTYPES
 from loraline.merger.weights.header import ShardHeader, TensorInfo
 
+_AHEAD = 32 * 1024 * 1024
+_MADV_POPULATE_READ = 22
 _PASSED = 64 * 1024 * 1024
 """Bytes after which pages that were read are given back, so that the process looks as small as it is."""
 
@@ -23,6 +25,8 @@ class MappedShard:
     def __init__(self, shard: ShardHeader):
         self._shard = shard
         self._passed = 0
+        self._fetched = 0
+        self._populates = True
 
     def __enter__(self) -> MappedShard:
         with self._shard.path.open("rb") as file:
@@ -49,11 +53,23 @@ class MappedShard:
                 else self._reader.get_tensor(tensor.name)
             )
         self._release(offset)
+        self._fetch(offset)
         count = (stop - start) * math.prod(tensor.shape[1:])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the buffer is not writable, and nobody writes to it
             flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
         return flat.reshape(stop - start, *tensor.shape[1:])
+
+    def _fetch(self, offset: int) -> None:
+        """Map the pages ahead in one go; touching them one by one costs about as much as the sums."""
+        if not self._populates or self._fetched >= min(offset + _AHEAD // 2, len(self._map)):
+            return
+        start = max(self._fetched, offset - offset % mmap.PAGESIZE)
+        try:
+            self._map.madvise(_MADV_POPULATE_READ, start, min(_AHEAD, len(self._map) - start))
+        except OSError:  # a kernel before 5.14
+            self._populates = False
+        self._fetched = start + _AHEAD
 
     def _release(self, offset: int) -> None:
         """Give back the pages before the block that was asked for last; a later look would read them again."""

@@ -28,8 +28,8 @@ from loraline.merger.weights.header import Form, ShardHeader, TensorInfo, corrup
 from loraline.merger.weights.layout import INDEX_FILE, WeightFiles
 from loraline.merger.weights.writer import OrderedWriter
 
-BLOCK_ELEMENTS = 1024 * 1024
-"""Elements computed at a time: 4 MiB in float32, which stay in the processor's cache from one step to the next."""
+BLOCK_ELEMENTS = 512 * 1024
+"""Elements computed at a time: 2 MiB in float32, which stay in the processor's cache from one step to the next."""
 _ROWS = 128
 """Blocks are whole multiples of this many rows: matrix libraries compute the rows that are left over at the end of a
 product by other code, and such rows in the middle of a tensor would differ from peft's in a last bit here and there."""
@@ -66,7 +66,8 @@ def write_merged(
     done = _load_state(state_path, out, fingerprint)
     result = StreamedMerge()
     try:
-        with _threads(), OrderedWriter() as writer:
+        # Syncing a shard waits for the disk; the next shard's writes shall not wait with it.
+        with _threads(), OrderedWriter() as syncer, OrderedWriter() as writer:
             for number, shard in enumerate(weights.shards, start=1):
                 relative = shard.path.relative_to(weights.folder).as_posix()
                 if relative in done:
@@ -76,7 +77,7 @@ def write_merged(
                 else:
                     last = number == len(weights.shards)
 
-                    task = _Shard(shard, rows, form, out / relative, advance, writer, last)
+                    task = _Shard(shard, rows, form, out / relative, advance, writer, syncer, last)
                     size, merged = task.write(partial(_note_done, state_path, fingerprint, done, relative))
                 result.bytes_written += size
                 result.merged_tensors += merged
@@ -97,6 +98,7 @@ class _Shard:
     target: Path
     advance: Advance
     writer: OrderedWriter
+    syncer: OrderedWriter
     last: bool
 
     def write(self, finished: Callable[[int, int], None]) -> tuple[int, int]:
@@ -132,7 +134,7 @@ class _Shard:
             unfinished.replace(self.target)
             finished(size, merged)
 
-        self.writer.step(finish)
+        self.writer.step(lambda: self.syncer.step(finish))
         return size, merged
 
     def _copy(self, source: int, tensor: TensorInfo, target: int) -> None:
@@ -171,7 +173,7 @@ class _Shard:
             self._block(self.rows.fresh(new.name, start, min(new.shape[0], start + step)), new, target)
 
     def _block(self, values: torch.Tensor, new: TensorInfo, target: int) -> None:
-        rounded = values.to(TORCH_DTYPES[new.dtype]).contiguous()
+        rounded = values.to(TORCH_DTYPES[new.dtype], copy=True).contiguous()  # values may lie in a reused buffer
         # Least and greatest tell as much as looking at each value, at a twentieth of the time; both carry a NaN on.
         if rounded.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(rounded)):
             raise failed_precondition(
