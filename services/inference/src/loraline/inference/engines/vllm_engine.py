@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import multiprocessing
 import os
-import shutil
 from collections.abc import AsyncGenerator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from loraline.inference.engines import amx, watch
+from loraline.inference.engines import amx, compiler, watch
 from loraline.inference.engines.memory import float32_on_cpu
 from loraline.inference.engines.port import (
     BASE,
@@ -206,10 +205,8 @@ def _build(folder: Path, options: EngineOptions) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_cpu = bool(current_platform.is_cpu())
-    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        # vLLM compiles a few functions of its sampler when they are first used, even with enforce_eager; without a C++
-        # compiler, as in our CPU image, that would kill the engine at the first request for log-probabilities.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if on_cpu:
+        compiler.do_without()
     arguments = engine_arguments(folder, options, on_cpu=on_cpu)
     _log.info("vllm_starting", model=str(folder), **{k: arguments[k] for k in ("dtype", "max_lora_rank", "max_loras")})
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
