@@ -28,6 +28,7 @@ from loraline.core.errors import LoralineError
 from loraline.core.serving.component import Platform
 from loraline.core.serving.opening import open_platform
 from loraline.core.serving.server import serve
+from loraline.core.testing.waiting import until
 from loraline.merger.component import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -124,12 +125,14 @@ async def test_merge_check_repair(tmp_path, make_base, make_adapter):
         assert found.loadable
         assert [finding.code for finding in found.findings] == ["TOKENIZER_REPLACED"]
         assert stage.platform.library.fetch(found.report).joinpath("report.json").exists()
+        found_here = 'loraline_model_findings_total{code="TOKENIZER_REPLACED",severity="info"} 1.0'
+        # A job's last figures reach the service's metrics a moment after its state does.
+        await until(lambda: found_here in generate_latest(stage.platform.registry).decode(), found_here)
         metrics = generate_latest(stage.platform.registry).decode()
         for name in ("mean_kl_nats", "peak_memory_bytes", "bytes_per_second", "measure_seconds"):
             assert f"loraline_merge_last_{name} " in metrics
         assert 'loraline_merge_written_bytes_total{kind="merge"}' in metrics
         assert 'loraline_merge_seconds_total{part="measure"}' in metrics
-        assert 'loraline_model_findings_total{code="TOKENIZER_REPLACED",severity="info"} 1.0' in metrics
         assert not any("/jobs/" in str(path) for path in (tmp_path / "data").glob("jobs/*/model"))
 
 
