@@ -6,15 +6,14 @@ import math
 import shutil
 from pathlib import Path
 
-from loraline.api.job.v1 import job_pb2
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.jobs.context import JobContext
+from loraline.core.jobs.model import ENDED
 from loraline.core.jobs.sql_table import open_table
 from loraline.trainer import checkpoints
 
 RUN_LABEL = "run"
 """Label that every training job carries: the name of its run."""
-_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 
 def checkpoints_folder(data_dir: Path, job: str) -> Path:
@@ -80,7 +79,7 @@ def drop_earlier_checkpoints(context: JobContext, run: str) -> None:
 
 def _ended_jobs(context: JobContext, run: str) -> list[str]:
     jobs, _ = open_table(context.database).page(
-        kind_prefix="trainer.train", states=_ENDED, labels={RUN_LABEL: run}, page_size=500
+        kind_prefix="trainer.train", states=list(ENDED), labels={RUN_LABEL: run}, page_size=500
     )
     return [job.name for job in jobs if job.name != context.job]
 

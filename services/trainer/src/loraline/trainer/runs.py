@@ -9,8 +9,9 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError, already_exists, failed_precondition
+from loraline.core.jobs.model import state_name
 from loraline.trainer import checkpoints
-from loraline.trainer.continuing import newest_checkpoint, nothing_to_continue
+from loraline.trainer.continuing import checkpoints_folder, newest_checkpoint, nothing_to_continue
 
 _LIVE = {job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED}
 
@@ -44,14 +45,12 @@ def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job], data_dir:
 
 
 def _active(request: pb.TrainRequest, live: job_pb2.Job) -> LoralineError:
-    state = job_pb2.JobState.Name(live.state).removeprefix("JOB_STATE_")
     way = "Cancel it first"
     if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
         way = "Resume it" if live.state == job_pb2.JOB_STATE_PAUSED else "Wait for its end"
     command = {"Cancel it first": "cancel", "Resume it": "resume", "Wait for its end": "watch"}[way]
-    message = (
-        f"The run {request.name} has a job that is {state}: {live.name}. {way}: `loraline jobs {command} {live.name}`."
-    )
+    stands = f"{state_name(live.state)}: {live.name}"
+    message = f"The run {request.name} has a job that is {stands}. {way}: `loraline jobs {command} {live.name}`."
     return failed_precondition("RUN_ACTIVE", message, job=live.name)
 
 
@@ -64,7 +63,7 @@ def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path) -> pb.Run:
     adapter = next(adapters, None)
     if adapter is not None:
         run.adapter.CopyFrom(adapter)
-    run.checkpoints.extend(_checkpoints(data_dir / "jobs" / newest.name / "checkpoints"))
+    run.checkpoints.extend(_checkpoints(checkpoints_folder(data_dir, newest.name)))
     return run
 
 

@@ -12,6 +12,7 @@ from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.trainer import checkpoints
+from loraline.trainer.continuing import checkpoints_folder
 from loraline.trainer.diagnosis.advice import config_patch
 from loraline.trainer.diagnosis.history import History, from_curve, from_state, from_trainer_state, to_curve
 from loraline.trainer.diagnosis.judging import judge
@@ -86,7 +87,7 @@ def _history(job: job_pb2.Job, data_dir: Path) -> History | None:
     planned = request.parameters.epochs
     if job.result.Unpack(result) and result.loss_curve:
         return from_curve(result.loss_curve, epochs=result.epochs, planned_epochs=planned)
-    newest, _ = checkpoints.newest_good(data_dir / "jobs" / job.name / "checkpoints")
+    newest, _ = checkpoints.newest_good(checkpoints_folder(data_dir, job.name))
     if newest is None:
         return None
     try:

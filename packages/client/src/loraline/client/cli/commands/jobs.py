@@ -17,7 +17,7 @@ from loraline.client.cli.progress import figures_text, view
 from loraline.client.errors import from_status
 from loraline.client.pipeline.report import StageOutcome
 from loraline.client.refs import format_ref
-from loraline.client.resources.jobs import job_failure
+from loraline.client.resources.jobs import ENDED, job_failure
 from loraline.client.sync import Loraline
 
 Name = Annotated[str, typer.Argument(help="Name of the job, as `loraline jobs list` shows it.")]
@@ -51,7 +51,6 @@ _STEERING = (
     ("pause", "Stop a job with its progress kept."),
     ("resume", "Let a paused, failed or cancelled job go on from its last state."),
 )
-_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 
 def list_jobs(
@@ -207,7 +206,7 @@ def _what_happened(action: str, before: job_pb2.Job, job: job_pb2.Job) -> str:
     resume, state = f"loraline jobs resume {job.name}", enum_word(job_pb2.JobState.DESCRIPTOR, job.state)
     if action == "resume":
         return f"queued again; follow it: loraline jobs watch {job.name}"
-    if before.state in _ENDED:
+    if before.state in ENDED:
         again = "" if job.state == job_pb2.JOB_STATE_SUCCEEDED else f"; to take it up again: {resume}"
         return f"had ended before and is still {state}; there was nothing to {action}{again}"
     if action == "pause" and job.requested_stop == "cancel":

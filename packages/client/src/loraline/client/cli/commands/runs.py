@@ -12,6 +12,7 @@ from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.cli.app import App, invocation
 from loraline.client.cli.lossplot import tell_loss
 from loraline.client.cli.output import Output, age_text
+from loraline.client.cli.plaindata import enum_word
 from loraline.client.refs import format_ref
 
 _STYLES = {
@@ -109,7 +110,7 @@ def diagnose(
 
 
 def _tell(output: Output, answer: trainer_pb2.DiagnoseResponse) -> None:
-    verdict = trainer_pb2.Verdict.Name(answer.verdict).removeprefix("VERDICT_").replace("_", " ").lower()
+    verdict = enum_word(trainer_pb2.Verdict.DESCRIPTOR, answer.verdict).replace("_", " ").lower()
     output.line(f"verdict: {verdict}", _STYLES.get(answer.verdict, "bold red"))
     tell_loss(output, answer.loss_curve)
     output.say("")
@@ -142,4 +143,4 @@ def _number(value: object) -> str:
 
 
 def _state(run: trainer_pb2.Run) -> str:
-    return job_pb2.JobState.Name(run.state).removeprefix("JOB_STATE_").lower()
+    return enum_word(job_pb2.JobState.DESCRIPTOR, run.state).lower()
