@@ -186,41 +186,53 @@ async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
         assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
 
 
-async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter, monkeypatch):
-    # Many small shards, each written slowly enough to be killed in the middle.
+async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter):
     base = make_base("llama", torch.float32, shard="9KB", num_hidden_layers=8)
     adapter = make_adapter(base)
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    early, late = shards[:10], shards[20]
     async with running(tmp_path) as stage:
         _, voice = publish(stage.platform, base, adapter)
         job = (await stage.merger.Merge(request(voice))).job
-        out = tmp_path / "data" / "jobs" / job.name
-        pid = await process_with_a_shard(out)
+        out = tmp_path / "data" / "jobs" / job.name / "model"
+        out.mkdir(parents=True, exist_ok=True)
+        # Opening a pipe that nobody reads waits: the merge stands still here until it is killed.
+        held = out / f"{late}.partial"
+        os.mkfifo(held)
+        pid = await process_with_shards(out, early)
+        held.unlink()
         os.kill(pid, signal.SIGKILL)
         done = await stage.wait(job.name)
         assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error
         assert done.attempt == 2
         events = await stage.platform.jobs.events(job.name)
-        assert any(event.note.reason == "SHARD_RESUMED" for event in events)
+        kept = {event.note.fields["file"] for event in events if event.note.reason == "SHARD_RESUMED"}
+        assert set(early) <= kept
+        assert late not in kept
         assert len(stage.platform.library.list(kind=MODEL, name="merged")[0]) == 1
 
 
-async def process_with_a_shard(workdir: Path) -> int:
-    """Wait until the job's process has finished a shard, and return its id."""
-    for _ in range(60000):
-        if list(workdir.glob("model/*.safetensors")):
-            for entry in Path("/proc").iterdir():
-                if entry.name.isdigit() and holds(entry, workdir.name):
-                    return int(entry.name)
-        await asyncio.sleep(0.005)
-    raise AssertionError("the job wrote no shard")
+async def process_with_shards(out: Path, names: list[str]) -> int:
+    """Wait until the job's process has finished these shards, and return its id."""
+    async with asyncio.timeout(300):
+        while not all((out / name).exists() for name in names):
+            await asyncio.sleep(0.02)
+    found = [
+        int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and does(entry, out.parent.name)
+    ]
+    assert len(found) == 1, found
+    return found[0]
 
 
-def holds(process: Path, job: str) -> bool:
+def does(process: Path, job: str) -> bool:
+    """Whether the process does the job; the guardian that it forks looks the same but is not a child of ours."""
     try:
         links = [str(link.readlink()) for link in (process / "fd").iterdir()]
-        return b"loraline.core.jobs.child" in (process / "cmdline").read_bytes() and any(job in link for link in links)
+        command, status = (process / "cmdline").read_bytes(), (process / "status").read_text()
     except OSError:
         return False
+    ours = f"PPid:\t{os.getpid()}\n" in status
+    return ours and b"loraline.core.jobs.child" in command and any(job in link for link in links)
 
 
 async def test_exports_are_published_with_their_evidence(tmp_path, make_base):
