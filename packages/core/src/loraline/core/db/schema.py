@@ -162,3 +162,38 @@ job_labels = Table(
     ForeignKeyConstraint(["job"], ["jobs.name"], ondelete="CASCADE"),
     Index("ix_job_labels_key_value", "key", "value"),
 )
+
+# ----------------------------------------------------------------------------------------------------------- sessions
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", Serial, primary_key=True, autoincrement=True),  # paging order
+    Column("name", String(64), nullable=False, unique=True),
+    Column("owner", String(64), nullable=False),  # id of the API key; empty where authentication is off
+    Column("model", String(200), nullable=False),
+    Column("category", String(64), nullable=False),
+    Column("system_prompt", Text, nullable=False),
+    Column("ttl_seconds", Double, nullable=False),
+    Column("turns", Integer, nullable=False),  # turns kept so far
+    Column("size_bytes", BigInteger, nullable=False),  # UTF-8 bytes of the history
+    Column("claim", String(64), nullable=False),  # token of the turn that is being answered; empty for none
+    Column("claim_expires", Double, nullable=False),  # renewed while the turn runs
+    Column("create_time", Double, nullable=False),
+    Column("expire_time", Double, nullable=False),  # last use and ttl_seconds
+    Index("ix_sessions_owner_id", "owner", "id"),
+    Index("ix_sessions_expire_time", "expire_time"),
+    sqlite_autoincrement=True,
+)
+
+session_messages = Table(
+    "session_messages",
+    metadata,
+    Column("session", String(64), nullable=False),
+    Column("sequence", BigInteger, nullable=False),  # from 1 in each session
+    Column("turn", Integer, nullable=False),  # from 1; a turn is what the user sent and the answer
+    Column("role", String(16), nullable=False),
+    Column("content", Text, nullable=False),
+    PrimaryKeyConstraint("session", "sequence"),
+    ForeignKeyConstraint(["session"], ["sessions.name"], ondelete="CASCADE"),
+)
