@@ -468,6 +468,50 @@ class FewShot(_message.Message):
 Global___FewShot: _TypeAlias = FewShot  # noqa: Y015
 
 @_typing.final
+class TextSource(_message.Message):
+    """Texts of the caller's, to read facts out of. One of `texts`, `artifact` and `path` must be given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    SUBPATH_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """A folder or file on the server, below a folder that its operator allowed; files as in an artifact."""
+    subpath: _builtins.str
+    """Only this subfolder or file of the location; empty for all."""
+    field: _builtins.str
+    """Field of a record that holds its text; empty means `text`."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts themselves."""
+
+    @_builtins.property
+    def artifact(self) -> _artifact_pb2.ArtifactRef:
+        """An uploaded source artifact. Each txt, md, html, htm and xml file is one text; each record of json, jsonl, csv, tsv
+        and parquet files has one in its `field`.
+        """
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        artifact: _artifact_pb2.ArtifactRef | None = ...,
+        path: _builtins.str = ...,
+        subpath: _builtins.str = ...,
+        field: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "field", b"field", "path", b"path", "subpath", b"subpath", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextSource: _TypeAlias = TextSource  # noqa: Y015
+
+@_typing.final
 class LlmRecipe(_message.Message):
     """Rows written by a language model."""
 
@@ -492,14 +536,17 @@ class LlmRecipe(_message.Message):
     REQUEST_TIMEOUT_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    FORBID_FIELD_NUMBER: _builtins.int
     recipe: _builtins.str
     """Built-in recipe: instruction-response, persona-dialogue, commands, recommendation, extraction, self-instruct,
-    evol-instruct; ListRecipes tells them.
+    evol-instruct; ListRecipes tells them and what they need.
     """
     rows: _builtins.int
-    """Accepted rows wanted."""
+    """Accepted rows wanted; 0 means one for each of `texts`, and is refused without them."""
     batch_size: _builtins.int
-    """Items asked for in one request; 0 means 10."""
+    """Items asked for in one request; 0 means 10, or 1 with `texts`, which are sent one at a time."""
     temperature: _builtins.float
     """Sampling temperature; unset means 0.8."""
     system_prompt: _builtins.str
@@ -515,7 +562,13 @@ class LlmRecipe(_message.Message):
     max_tokens: _builtins.int
     """Longest answer in tokens; 0 means the endpoint's default."""
     language: _builtins.str
-    """Language of the rows: `ko`, `zh`, `en`, or empty for no rule."""
+    """Language of the rows: `ko`, `zh`, `en`, or empty for no rule. Rows whose prompts, or whose answers in words, are in
+    another one are turned down and asked for again.
+    """
+    kind: _builtins.str
+    """What the rows are: goes into their `kind` and decides which rules their answers must keep; empty means the recipe's
+    name. Kinds with rules are `recommendation`, `feedback`, `commands` and `extraction`.
+    """
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___LlmEndpoint]:
         """Endpoints in order of preference; empty means the server's default."""
@@ -538,7 +591,9 @@ class LlmRecipe(_message.Message):
 
     @_builtins.property
     def item_schema(self) -> _struct_pb2.Struct:
-        """JSON schema of one item; replaces the recipe's."""
+        """JSON schema of one item; replaces the recipe's. Its properties are those of the recipe's own items (ListRecipes), or
+        of a shape that convert knows, such as prompt/completion. With `texts` it is the schema of the record read out of one.
+        """
 
     @_builtins.property
     def max_wait(self) -> _duration_pb2.Duration:
@@ -547,6 +602,14 @@ class LlmRecipe(_message.Message):
     @_builtins.property
     def request_timeout(self) -> _duration_pb2.Duration:
         """Time-out of one request; unset means 120 s."""
+
+    @_builtins.property
+    def texts(self) -> Global___TextSource:
+        """Texts to read facts out of, one row each; for the recipe extraction only."""
+
+    @_builtins.property
+    def forbid(self) -> _containers.RepeatedScalarFieldContainer[Global___ForbiddenText.ValueType]:
+        """What must not stand in the answers: asked for, and rows that break it are turned down and asked for again."""
 
     def __init__(
         self,
@@ -570,10 +633,13 @@ class LlmRecipe(_message.Message):
         request_timeout: _duration_pb2.Duration | None = ...,
         max_tokens: _builtins.int = ...,
         language: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        texts: Global___TextSource | None = ...,
+        forbid: _abc.Iterable[Global___ForbiddenText.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "item_schema", b"item_schema", "max_wait", b"max_wait", "request_timeout", b"request_timeout", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "item_schema", b"item_schema", "max_wait", b"max_wait", "request_timeout", b"request_timeout", "temperature", b"temperature", "texts", b"texts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "batch_size", b"batch_size", "brief", b"brief", "endpoints", b"endpoints", "few_shots", b"few_shots", "item_schema", b"item_schema", "language", b"language", "max_candidates_ratio", b"max_candidates_ratio", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "max_wait", b"max_wait", "personas", b"personas", "quota_policy", b"quota_policy", "recipe", b"recipe", "request_timeout", b"request_timeout", "rows", b"rows", "styles", b"styles", "system_prompt", b"system_prompt", "temperature", b"temperature", "topics", b"topics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "batch_size", b"batch_size", "brief", b"brief", "endpoints", b"endpoints", "few_shots", b"few_shots", "forbid", b"forbid", "item_schema", b"item_schema", "kind", b"kind", "language", b"language", "max_candidates_ratio", b"max_candidates_ratio", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "max_wait", b"max_wait", "personas", b"personas", "quota_policy", b"quota_policy", "recipe", b"recipe", "request_timeout", b"request_timeout", "rows", b"rows", "styles", b"styles", "system_prompt", b"system_prompt", "temperature", b"temperature", "texts", b"texts", "topics", b"topics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
@@ -673,9 +739,14 @@ class QualityGate(_message.Message):
     max_length: _builtins.int
     """Longest row in tokens, as the trainer's max_length; needs base_model; 0 for no bound."""
     max_response_characters: _builtins.int
-    """Longest answer in characters (grapheme clusters); 0 for the recipe's bound."""
+    """Longest answer in characters as readers see them (grapheme clusters); 0 for the bound of the rows' kind: 100 for
+    `feedback` and `recommendation`, none for others. Of a recommendation each text is counted by itself: `recommend`,
+    and the title and description of each challenge.
+    """
     language: _builtins.str
-    """Language of the answers: `ko`, `zh`, `en`, or empty for no rule."""
+    """Language of the answers: `ko`, `zh`, `en`, or empty for no rule. JSON of kind `commands` and `extraction` is no
+    language and is not judged.
+    """
     drop_duplicates: _builtins.bool
     """Remove exact duplicates before publishing, counted in the data card."""
     near_duplicate_similarity: _builtins.float
@@ -700,7 +771,9 @@ class QualityGate(_message.Message):
 
     @_builtins.property
     def forbid(self) -> _containers.RepeatedScalarFieldContainer[Global___ForbiddenText.ValueType]:
-        """What must not stand in answers."""
+        """What must not stand in answers, besides what the rows' kind forbids: markdown in a `recommendation`, and with
+        language `ko` or `zh` also Latin letters, digits and emoji.
+        """
 
     def __init__(
         self,
@@ -975,11 +1048,17 @@ class DatasetResult(_message.Message):
 
     @_builtins.property
     def rows_by_outcome(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Rows by outcome: accepted, duplicate, bad_record, no_prompt, rejected_<rule>, repaired."""
+        """Rows by outcome. `accepted` rows stand in the dataset. Left out were: `duplicate`, equal to an earlier row;
+        `bad_record`, could not be read; `no_prompt`, had no question; `rejected_<rule>`, turned down by a rule, such as
+        rejected_not_json; `surplus`, more than was wanted; and items that were asked for in vain: `filtered`, `set_aside`.
+        Of the accepted rows, `repaired` ones come from JSON of a language model that had to be completed or corrected,
+        and `mended` ones had their text normalised, trimmed or taken out of a code fence; both are worth a look.
+        Answers, not rows: `unparsable_answer` held no item, `timeout` never came.
+        """
 
     @_builtins.property
     def rows_by_kind(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Rows by kind: background, settings_qa, dialogue."""
+        """Rows by kind: background, settings_qa, dialogue, template, the recipe of a language model, or what it was told."""
 
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
@@ -1309,15 +1388,28 @@ class Recipe(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     ITEM_SCHEMA_FIELD_NUMBER: _builtins.int
     SYSTEM_PROMPT_FIELD_NUMBER: _builtins.int
+    REQUIRES_FIELD_NUMBER: _builtins.int
+    PROFITS_FROM_FIELD_NUMBER: _builtins.int
+    ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in LlmRecipe.recipe."""
     description: _builtins.str
     """What it makes."""
     system_prompt: _builtins.str
     """Its system prompt."""
+    answer_format: Global___OutputFormat.ValueType
+    """How answers are written: JSON, or unset for free text."""
     @_builtins.property
     def item_schema(self) -> _struct_pb2.Struct:
         """JSON schema of one item."""
+
+    @_builtins.property
+    def requires(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Fields of LlmRecipe that must be given."""
+
+    @_builtins.property
+    def profits_from(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Fields of LlmRecipe that it profits from most."""
 
     def __init__(
         self,
@@ -1326,10 +1418,13 @@ class Recipe(_message.Message):
         description: _builtins.str = ...,
         item_schema: _struct_pb2.Struct | None = ...,
         system_prompt: _builtins.str = ...,
+        requires: _abc.Iterable[_builtins.str] | None = ...,
+        profits_from: _abc.Iterable[_builtins.str] | None = ...,
+        answer_format: Global___OutputFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["item_schema", b"item_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "item_schema", b"item_schema", "name", b"name", "system_prompt", b"system_prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "description", b"description", "item_schema", b"item_schema", "name", b"name", "profits_from", b"profits_from", "requires", b"requires", "system_prompt", b"system_prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
