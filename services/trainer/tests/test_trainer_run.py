@@ -42,6 +42,9 @@ class Watcher:
         self.steps.append(step)
         self.metrics.append(dict(metrics))
 
+    def saved(self, checkpoint: Path) -> None:
+        assert (checkpoint / "seal.json").is_file()
+
     run = "harbour"
 
     def count(self, name: str, amount: float = 1.0, **labels: str) -> None:

@@ -200,6 +200,7 @@ def test_each_checkpoint_is_a_version(make_context: MakeContext, counting: Count
     again = make_context()
     assert again.publish(CHECKPOINT, "run", folder(tmp_path, "b")).ref.version == 2
     assert again.publish(CHECKPOINT, "run", folder(tmp_path, "c")).ref.version == 3
+    assert list(counting.get(again.job).outputs) == []
 
 
 def test_a_stale_worker_publishes_nothing(make_context: MakeContext, counting: CountingTable, tmp_path: Path):

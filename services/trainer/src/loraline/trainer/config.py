@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,3 +20,5 @@ class TrainerSettings(BaseSettings):
     """How long the Hub may be silent before it counts as out of reach."""
     threads: int = 0
     """CPU threads of a training process; 0 leaves the choice to torch."""
+    publish_checkpoints: Literal["auto", "always", "never"] = "auto"
+    """Send checkpoints to the artifact store too, so that another machine can go on; `auto` does for an S3 store."""

@@ -11,6 +11,7 @@ from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.model import ENDED
 from loraline.core.jobs.sql_table import open_table
 from loraline.trainer import checkpoints
+from loraline.trainer.published import bring, place, published_checkpoints, step_of
 
 RUN_LABEL = "run"
 """Label that every training job carries: the name of its run."""
@@ -33,8 +34,8 @@ def newest_checkpoint(data_dir: Path, jobs: list[str]) -> Path | None:
 def nothing_to_continue(run: str) -> LoralineError:
     """Return FAILED_PRECONDITION (NO_CHECKPOINT)."""
     message = (
-        f"The run {run} has no good checkpoint on this machine, so that nothing can be continued. Start it anew with "
-        "existing_run BACKUP_AND_RESTART, or on the machine that holds its checkpoints."
+        f"The run {run} has no good checkpoint on this machine or in the store, so that nothing can be continued. "
+        "Start it anew with existing_run BACKUP_AND_RESTART, or on the machine that holds its checkpoints."
     )
     return failed_precondition("NO_CHECKPOINT", message)
 
@@ -42,22 +43,29 @@ def nothing_to_continue(run: str) -> LoralineError:
 def bring_checkpoint(context: JobContext, run: str, epochs: float, max_steps: int) -> None:
     """Copy the run's last good checkpoint into this job's folder, whole or not at all, and say where the run stands.
 
-    Does nothing when this job has a checkpoint of its own already: then it was interrupted and goes on from there.
-    Raises FAILED_PRECONDITION: NO_CHECKPOINT, or NOTHING_LEFT_TO_TRAIN when the run has reached what is asked for.
+    It comes from this machine or from the store, whichever is further. Does nothing when this job has a checkpoint of
+    its own already: then it was interrupted and goes on from there. Raises FAILED_PRECONDITION: NO_CHECKPOINT, or
+    NOTHING_LEFT_TO_TRAIN when the run has reached what is asked for.
     """
     own = checkpoints_folder(context.settings.data_dir, context.job)
-    if checkpoints.newest_good(own)[0] is not None:
+    if checkpoints.newest_good(own)[0] is not None or published_checkpoints(context.library, run, {context.job}):
         return
-    found = newest_checkpoint(context.settings.data_dir, _ended_jobs(context, run))
-    if found is None:
+    jobs = _ended_jobs(context, run)
+    found = newest_checkpoint(context.settings.data_dir, jobs)
+    stored = next(iter(published_checkpoints(context.library, run, jobs)), None)
+    if stored is not None and (found is None or step_of(stored) > checkpoints.step_of(found)):
+        brought = bring(context.library, stored, own)
+    elif found is not None:
+        brought = place(found, found.name, own)
+    else:
         raise nothing_to_continue(run)
-    state = checkpoints.trainer_state(found)
-    _refuse_finished(run, state, epochs, max_steps)
-    incoming = own / f".incoming-{found.name}"
-    shutil.rmtree(incoming, ignore_errors=True)
-    shutil.copytree(found, incoming)
-    incoming.rename(own / found.name)
-    context.note(standing(found.name, state, epochs), reason="RUN_CONTINUED", checkpoint=found.name)
+    state = checkpoints.trainer_state(brought)
+    try:
+        _refuse_finished(run, state, epochs, max_steps)
+    except LoralineError:
+        checkpoints.remove([brought])
+        raise
+    context.note(standing(brought.name, state, epochs), reason="RUN_CONTINUED", checkpoint=brought.name)
 
 
 def standing(name: str, state: dict, epochs: float) -> str:
@@ -69,8 +77,11 @@ def standing(name: str, state: dict, epochs: float) -> str:
 
 
 def drop_earlier_checkpoints(context: JobContext, run: str) -> None:
-    """Delete the checkpoints of the run's ended jobs on this machine."""
-    for job in _ended_jobs(context, run):
+    """Delete the checkpoints of the run's ended jobs, on this machine and in the store."""
+    jobs = _ended_jobs(context, run)
+    for stored in published_checkpoints(context.library, run, jobs):
+        context.library.delete(stored.ref)
+    for job in jobs:
         folder = checkpoints_folder(context.settings.data_dir, job)
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)

@@ -20,8 +20,9 @@ from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.handlers import StopRequested
 from loraline.trainer.base_models import ResolvedBase, resolve_base
 from loraline.trainer.config import TrainerSettings
-from loraline.trainer.continuing import bring_checkpoint, drop_earlier_checkpoints
+from loraline.trainer.continuing import bring_checkpoint, checkpoints_folder, drop_earlier_checkpoints
 from loraline.trainer.metrics import PROGRESS_GAUGES
+from loraline.trainer.published import CheckpointPublisher, publishing, recover
 from loraline.trainer.results import receipt_summary, train_result
 from loraline.trainer.rows import LoadedDataset, load_dataset
 from loraline.trainer.spec import not_servable, servability_problems, training_spec
@@ -35,8 +36,8 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers",
 class ContextObserver:
     """Passes what the engine reports on to the job."""
 
-    def __init__(self, context: JobContext, run: str):
-        self.context, self.run = context, run
+    def __init__(self, context: JobContext, run: str, publisher: CheckpointPublisher | None = None):
+        self.context, self.run, self.publisher = context, run, publisher
         self._counted = 0
 
     def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
@@ -64,6 +65,11 @@ class ContextObserver:
         """Add an event."""
         self.context.note(message, severity=severity, reason=reason)
 
+    def saved(self, checkpoint: Path) -> None:
+        """Send a checkpoint to the store, where that is wanted."""
+        if self.publisher is not None:
+            self.publisher.offer(checkpoint)
+
     @property
     def stop_cause(self) -> str:
         """Why the job shall stop."""
@@ -78,6 +84,7 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         drop_earlier_checkpoints(context, request.name)
     elif request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
         bring_checkpoint(context, request.name, spec.epochs, spec.max_steps)
+    recover(context, request.name, checkpoints_folder(context.settings.data_dir, context.job))
     datasets, references = _datasets(context, request)
     base = _base(context, settings, request.base_model)
     with context.loading():
@@ -91,7 +98,8 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         dataset_names=[format_ref(reference) for reference in references],
     )
     _check_servable(request, base)
-    finished = training.run(inputs, spec, context.workdir, ContextObserver(context, request.name))
+    with publishing(context, settings, request.name) as publisher:
+        finished = training.run(inputs, spec, context.workdir, ContextObserver(context, request.name, publisher))
     if finished is None:
         context.check_stop()
         raise StopRequested("handover")

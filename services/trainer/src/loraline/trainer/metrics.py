@@ -24,7 +24,10 @@ def job_metrics(registry: CollectorRegistry) -> dict[str, Counter | Gauge]:
     counters = {
         "steps": ("Optimizer steps made.", RUN),
         "oom_recoveries": ("Times that a run went on with less memory after it had run out.", RUN),
-        "checkpoints": ("Checkpoints saved by result: saved, or torn when one was found damaged.", ("result",)),
+        "checkpoints": (
+            "Checkpoints by result: saved, torn (found damaged), published (sent to the store), unpublished.",
+            ("result",),
+        ),
         "checkpoint_seconds": ("Time spent sealing checkpoints.", ()),
         "checkpoint_bytes": ("Bytes of checkpoints sealed.", ()),
         "runs": ("Runs that ended their training, by what the loss curve says of them.", ("verdict",)),

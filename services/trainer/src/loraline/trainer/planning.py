@@ -16,6 +16,7 @@ from loraline.trainer.base_models import check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.hardware import look
 from loraline.trainer.memory_estimate import estimate
+from loraline.trainer.published import published_checkpoints
 from loraline.trainer.rows import LoadedDataset, load_dataset, mix
 from loraline.trainer.runs import refuse_existing
 from loraline.trainer.spec import TrainingSpec, resolve, servability_problems, training_spec
@@ -31,7 +32,12 @@ def plan(
     answer = pb.PlanRunResponse(resolved=resolve(request))
     checks: list[pb.PlanCheck] = []
     spec = _attempt(checks, "PARAMETERS", "The parameters are sound.", lambda: training_spec(request))
-    refusal = refuse_existing(answer.resolved, jobs, platform.settings.data_dir)
+    refusal = refuse_existing(
+        answer.resolved,
+        jobs,
+        platform.settings.data_dir,
+        lambda: published_checkpoints(platform.library, request.name, {job.name for job in jobs}),
+    )
     checks.append(_from_error("RUN_NAME", refusal) if refusal else _passed("RUN_NAME", f"{request.name} is free."))
     datasets = _attempt(checks, "DATASETS", "", lambda: _load(request, platform))
     if datasets is not None and spec is not None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loraline.api.artifact.v1 import artifact_pb2
+from loraline.api.artifact.v1.artifact_pb2 import Artifact
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError, already_exists, failed_precondition
 from loraline.core.jobs.model import state_name
 from loraline.trainer import checkpoints
 from loraline.trainer.continuing import checkpoints_folder, newest_checkpoint, nothing_to_continue
+from loraline.trainer.published import figures_of, step_of
 
 _LIVE = {job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED}
 
 
-def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job], data_dir: Path) -> LoralineError | None:
+def refuse_existing(
+    request: pb.TrainRequest, jobs: list[job_pb2.Job], data_dir: Path, stored: Callable[[], list[Artifact]] = list
+) -> LoralineError | None:
     """Return why a run of this name cannot be started, given the jobs of that name; None when it can.
+    `stored` gives the checkpoints of those jobs that lie in the store.
 
     A request that was sent before is let through: the queue answers it with the job of then. Jobs that failed or were
     cancelled published nothing and block nothing.
@@ -31,7 +36,8 @@ def refuse_existing(request: pb.TrainRequest, jobs: list[job_pb2.Job], data_dir:
             return _active(request, live)
         if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
             ended = [job.name for job in jobs]
-            return None if newest_checkpoint(data_dir, ended) is not None else nothing_to_continue(request.name)
+            found = newest_checkpoint(data_dir, ended) is not None or stored()
+            return None if found else nothing_to_continue(request.name)
         return None
     holder = live or done
     if holder is None:
@@ -54,8 +60,8 @@ def _active(request: pb.TrainRequest, live: job_pb2.Job) -> LoralineError:
     return failed_precondition("RUN_ACTIVE", message, job=live.name)
 
 
-def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path) -> pb.Run:
-    """Return a run from its jobs, newest first."""
+def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path, stored: Iterable[Artifact] = ()) -> pb.Run:
+    """Return a run from its jobs, newest first, and from its checkpoints in the store."""
     newest = jobs[0]
     run = pb.Run(name=name, job=newest.name, state=newest.state)
     run.update_time.CopyFrom(newest.end_time if newest.HasField("end_time") else newest.create_time)
@@ -63,8 +69,17 @@ def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path) -> pb.Run:
     adapter = next(adapters, None)
     if adapter is not None:
         run.adapter.CopyFrom(adapter)
-    run.checkpoints.extend(_checkpoints(checkpoints_folder(data_dir, newest.name)))
+    found = {checkpoint.step: checkpoint for checkpoint in _checkpoints(checkpoints_folder(data_dir, newest.name))}
+    for artifact in (artifact for artifact in stored if artifact.job == newest.name):
+        checkpoint = found.setdefault(step_of(artifact), _from_store(artifact))
+        checkpoint.artifact.CopyFrom(artifact.ref)
+    run.checkpoints.extend(found[step] for step in sorted(found, reverse=True))
     return run
+
+
+def _from_store(artifact: Artifact) -> pb.Checkpoint:
+    figures = figures_of(artifact)
+    return pb.Checkpoint(step=step_of(artifact), epoch=figures.get("epoch", 0.0), loss=figures.get("loss", 0.0))
 
 
 def _checkpoints(folder: Path) -> Iterable[pb.Checkpoint]:

@@ -20,6 +20,7 @@ from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import RUN_LABEL
 from loraline.trainer.diagnosis.subject import diagnose, from_file, from_jobs
 from loraline.trainer.planning import plan
+from loraline.trainer.published import published_checkpoints
 from loraline.trainer.runs import refuse_existing, run_of
 from loraline.trainer.spec import not_servable, resolve, servability_problems, training_spec
 
@@ -52,7 +53,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         labels = {**filled.labels, RUN_LABEL: filled.name}
         async with self._submitting:
             jobs = await self._jobs_of(filled.name)
-            refusal = await asyncio.to_thread(refuse_existing, filled, jobs, self._platform.settings.data_dir)
+            refusal = await asyncio.to_thread(
+                refuse_existing, filled, jobs, self._platform.settings.data_dir, lambda: self._stored(filled.name, jobs)
+            )
             if refusal is not None:
                 raise refusal
             job = await self._platform.jobs.submit(TRAIN, filled, inputs=inputs, labels=labels)
@@ -75,8 +78,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
         """Return one run."""
         jobs = await self._existing_jobs(request.name)
-        run = await asyncio.to_thread(run_of, request.name, jobs, self._platform.settings.data_dir)
-        return pb.GetRunResponse(run=run)
+        return pb.GetRunResponse(run=await asyncio.to_thread(self._run, request.name, jobs))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext) -> pb.ListRunsResponse:
         """Return a page of runs; a page is cut from the jobs, so a run shows up with its newest job."""
@@ -91,7 +93,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             everything = await self._jobs_of(name)
             # An older page repeats no run that a newer one showed.
             if everything and everything[0].name == found[0].name:
-                runs.append(await asyncio.to_thread(run_of, name, everything, self._platform.settings.data_dir))
+                runs.append(await asyncio.to_thread(self._run, name, everything))
         return pb.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def ImportModel(
@@ -149,6 +151,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def _exact(self, reference: artifact_pb2.ArtifactRef) -> artifact_pb2.ArtifactRef:
         return await asyncio.to_thread(self._platform.library.resolve, reference)
+
+    def _stored(self, run: str, jobs: list[job_pb2.Job]) -> list[artifact_pb2.Artifact]:
+        return published_checkpoints(self._platform.library, run, {job.name for job in jobs})
+
+    def _run(self, name: str, jobs: list[job_pb2.Job]) -> pb.Run:
+        return run_of(name, jobs, self._platform.settings.data_dir, self._stored(name, jobs))
 
     async def _jobs_of(self, name: str) -> list[job_pb2.Job]:
         jobs, _ = await self._platform.jobs.list(kind_prefix=TRAIN.kind, labels={RUN_LABEL: name}, page_size=500)

@@ -241,7 +241,8 @@ class JobContext:
         """Publish a folder as an artifact and add it to the job's outputs.
 
         When an earlier attempt of this job already published this kind and name, that artifact is returned and nothing
-        is written, so a job that is killed late publishes once. Checkpoints are the exception: each is a new version.
+        is written, so a job that is killed late publishes once. Checkpoints are the exception: each is a new version,
+        and none is an output, because old ones are deleted.
         """
         first_time = (kind, name) not in self._published
         artifact = None
@@ -261,7 +262,8 @@ class JobContext:
             )
         self._published.add((kind, name))
         ref = artifact.ref
-        patiently(lambda: self._table.published(self.job, self.epoch, ref))
+        if kind != artifact_pb2.ARTIFACT_KIND_CHECKPOINT:
+            patiently(lambda: self._table.published(self.job, self.epoch, ref))
         return artifact
 
     # ----------------------------------------------------------------------------------------------------------- stop

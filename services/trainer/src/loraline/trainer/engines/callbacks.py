@@ -30,6 +30,10 @@ class RunObserver(Protocol):
         """Add to one of the trainer's counters."""
         ...
 
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is complete and sealed; what keeps its files must take them now."""
+        ...
+
     @property
     def run(self) -> str:
         """Name of the run."""
@@ -127,6 +131,7 @@ class SealedCheckpoints(TrainerCallback):
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
         checkpoints.seal(checkpoint)
+        self.observer.saved(checkpoint)
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
         checkpoints.rotate(folder, keep=self.keep, best=best)
         seconds = time.monotonic() - begin
