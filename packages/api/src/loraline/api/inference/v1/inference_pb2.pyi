@@ -417,10 +417,16 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STRUCTURED_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    FORBID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served model, `name`, `name@alias` or `name:vN`; empty for the base."""
     prompt: _builtins.str
     """The prompt."""
+    language: _builtins.str
+    """Language of the answer's texts: `ko`, `zh`, `en`, `question` to follow the prompt's; empty for no rule. Enforced while
+    decoding for free text and for the texts of a JSON shape, checked afterwards for every shape.
+    """
     @_builtins.property
     def sampling(self) -> Global___SamplingParameters:
         """How to sample."""
@@ -429,6 +435,10 @@ class GenerateRequest(_message.Message):
     def structured(self) -> Global___StructuredOutput:
         """Shape of the answer."""
 
+    @_builtins.property
+    def forbid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the answer's texts may not hold: `latin`, `digits`, `emoji`, `markdown`, `symbols`."""
+
     def __init__(
         self,
         *,
@@ -436,10 +446,12 @@ class GenerateRequest(_message.Message):
         prompt: _builtins.str = ...,
         sampling: Global___SamplingParameters | None = ...,
         structured: Global___StructuredOutput | None = ...,
+        language: _builtins.str = ...,
+        forbid: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "structured", b"structured"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt", b"prompt", "sampling", b"sampling", "structured", b"structured"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forbid", b"forbid", "language", b"language", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "structured", b"structured"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,17 +542,21 @@ class ChatRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
+    FORBID_FIELD_NUMBER: _builtins.int
+    PROFILE_INPUT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As in GenerateRequest."""
     session: _builtins.str
     """Session to go on with; empty for none."""
     profile: _builtins.str
-    """Response profile; empty for none."""
+    """Response profile, which brings system prompt, shape and language; empty for none. The last user message is then its
+    free text. INVALID_ARGUMENT beside structured.
+    """
     language: _builtins.str
-    """Language of the answer: `ko`, `zh`, `en`, `question` to follow the question's; empty for no rule."""
+    """Language of the answer: `ko`, `zh`, `en`, `question` to follow the question's; empty for no rule, or the profile's."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The conversation; with a session, only the new turns."""
+        """The conversation; with a session, only the new turns. May be empty only where profile_input is set."""
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParameters:
@@ -549,6 +565,14 @@ class ChatRequest(_message.Message):
     @_builtins.property
     def structured(self) -> Global___StructuredOutput:
         """Shape of the answer."""
+
+    @_builtins.property
+    def forbid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the answer's texts may not hold: `latin`, `digits`, `emoji`, `markdown`, `symbols`; besides the profile's."""
+
+    @_builtins.property
+    def profile_input(self) -> _struct_pb2.Struct:
+        """Input fields of the profile, by name; unset for free text alone. INVALID_ARGUMENT without a profile."""
 
     def __init__(
         self,
@@ -560,10 +584,12 @@ class ChatRequest(_message.Message):
         session: _builtins.str = ...,
         profile: _builtins.str = ...,
         language: _builtins.str = ...,
+        forbid: _abc.Iterable[_builtins.str] | None = ...,
+        profile_input: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "structured", b"structured"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile_input", b"profile_input", "sampling", b"sampling", "structured", b"structured"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["language", b"language", "messages", b"messages", "model", b"model", "profile", b"profile", "sampling", b"sampling", "session", b"session", "structured", b"structured"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forbid", b"forbid", "language", b"language", "messages", b"messages", "model", b"model", "profile", b"profile", "profile_input", b"profile_input", "sampling", b"sampling", "session", b"session", "structured", b"structured"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1013,15 +1039,34 @@ class Profile(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
+    FORBID_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    FREE_TEXT_FIELD_NUMBER: _builtins.int
+    STREAMED_FIELD_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     description: _builtins.str
     """What it is for."""
     language: _builtins.str
-    """Language rule."""
+    """Language rule: `ko`, `zh`, `en`, `question`; empty for none."""
+    free_text: _builtins.bool
+    """Whether it takes free text."""
+    streamed_field: _builtins.str
+    """Field of the answer whose items are events of their own when it is streamed over HTTP; empty for none."""
+    event: _builtins.str
+    """Name of those events."""
     @_builtins.property
     def schema(self) -> _struct_pb2.Struct:
         """JSON schema of the answer."""
+
+    @_builtins.property
+    def forbid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the answer's texts may not hold."""
+
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileField]:
+        """Input fields."""
 
     def __init__(
         self,
@@ -1030,14 +1075,59 @@ class Profile(_message.Message):
         description: _builtins.str = ...,
         schema: _struct_pb2.Struct | None = ...,
         language: _builtins.str = ...,
+        forbid: _abc.Iterable[_builtins.str] | None = ...,
+        fields: _abc.Iterable[Global___ProfileField] | None = ...,
+        free_text: _builtins.bool = ...,
+        streamed_field: _builtins.str = ...,
+        event: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "language", b"language", "name", b"name", "schema", b"schema"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "event", b"event", "fields", b"fields", "forbid", b"forbid", "free_text", b"free_text", "language", b"language", "name", b"name", "schema", b"schema", "streamed_field", b"streamed_field"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class ProfileField(_message.Message):
+    """An input field of a profile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    REQUIRED_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    description: _builtins.str
+    """What it is for."""
+    required: _builtins.bool
+    """Whether it must be there."""
+    max_length: _builtins.int
+    """Longest text, in characters."""
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The values it may have; empty for any."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        required: _builtins.bool = ...,
+        choices: _abc.Iterable[_builtins.str] | None = ...,
+        max_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "description", b"description", "max_length", b"max_length", "name", b"name", "required", b"required"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileField: _TypeAlias = ProfileField  # noqa: Y015
 
 @_typing.final
 class ListProfilesRequest(_message.Message):
