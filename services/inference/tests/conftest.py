@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from loraline.core.evidence.probes import Probe, ProbeSet
 from loraline.core.evidence.receipt import ReceiptCounts, ReceiptRow, TokenReceipt, digest_text
 
+sys.path.insert(0, str(Path(__file__).parent))  # served_toy.py and counting_engine.py stand beside the tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -12,6 +12,10 @@ from loraline.inference.host import ModelHost
 from loraline.inference.http.app import create_app
 from loraline.inference.metrics import InferenceMetrics
 from loraline.inference.servicer import InferenceServicer
+from loraline.inference.sessions.calls import SessionCalls
+from loraline.inference.sessions.metrics import SessionMetrics
+from loraline.inference.sessions.store import SessionStore
+from loraline.inference.sessions.turns import Sessions
 
 SERVICE = "loraline.api.inference.v1.InferenceService"
 
@@ -21,10 +25,24 @@ def build(platform: Platform, settings: InferenceSettings | None = None) -> Comp
     settings = settings or InferenceSettings()
     metrics = InferenceMetrics(platform.registry)
     host = ModelHost(settings, platform.settings, platform.library, metrics)
-    generation = Generation(host, settings, metrics)
+    store = SessionStore(platform.database, settings.session_limits())
+    sessions = Sessions(store, SessionMetrics(platform.registry, store.count))
+    generation = Generation(host, settings, metrics, sessions)
+
+    calls = SessionCalls(sessions)
+
+    async def start() -> None:
+        await host.start()
+        await sessions.start()
+
+    async def stop() -> None:
+        await sessions.stop()
+        await host.stop()
 
     def register(server: grpc.aio.Server) -> None:
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(host, generation), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(host, generation, SessionCalls(sessions)), server
+        )
 
     async def not_ready_because() -> str:
         return host.why_not_ready
@@ -32,10 +50,10 @@ def build(platform: Platform, settings: InferenceSettings | None = None) -> Comp
     return Component(
         name="inference",
         services={SERVICE: register},
-        start=host.start,
-        stop=host.stop,
+        start=start,
+        stop=stop,
         not_ready_because=not_ready_because,
-        http_app=create_app(generation) if settings.http_listen else None,
+        http_app=create_app(generation, calls) if settings.http_listen else None,
         http_listen=settings.http_listen,
-        extra={"host": host, "generation": generation},
+        extra={"host": host, "generation": generation, "sessions": sessions},
     )

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from loraline.inference.engines.port import EngineOptions
+from loraline.inference.sessions.record import SessionLimits
 
 
 class InferenceSettings(BaseSettings):
@@ -59,6 +60,17 @@ class InferenceSettings(BaseSettings):
     max_prompt_tokens: int = Field(default=0, ge=0)
     """Longest prompt, in tokens; 0 for what the context window allows."""
 
+    session_ttl_seconds: float = Field(default=86400.0, gt=0)
+    """How long a session is kept after its last use, when CreateSession says nothing."""
+    session_max_ttl_seconds: float = Field(default=30 * 86400.0, gt=0)
+    """Longest time that CreateSession may ask for."""
+    session_max_per_key: int = Field(default=1000, ge=1)
+    """Sessions that one API key may have open."""
+    session_max_turns: int = Field(default=1000, ge=1)
+    """Turns that a session keeps before it refuses another."""
+    session_max_bytes: int = Field(default=1024 * 1024, ge=1)
+    """Bytes of UTF-8 that a session's history may have before it refuses another turn."""
+
     require_proof: bool = True
     """Refuse adapters without probes and token receipt. Off, such adapters must at least differ from the base."""
     load_on_first_use: bool = True
@@ -85,4 +97,14 @@ class InferenceSettings(BaseSettings):
             enforce_eager=self.enforce_eager,
             trust_remote_code=trust_remote_code,
             extra=self.engine_arguments,
+        )
+
+    def session_limits(self) -> SessionLimits:
+        """Return the part of the settings that sessions need."""
+        return SessionLimits(
+            default_ttl_seconds=min(self.session_ttl_seconds, self.session_max_ttl_seconds),
+            max_ttl_seconds=self.session_max_ttl_seconds,
+            max_per_key=self.session_max_per_key,
+            max_turns=self.session_max_turns,
+            max_bytes=self.session_max_bytes,
         )

