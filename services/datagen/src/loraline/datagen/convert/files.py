@@ -45,11 +45,14 @@ def below(root: Path, subpath: str) -> Path:
     return target
 
 
-def find_files(root: Path, subpath: str = "", label: str = "", own: frozenset[str] = frozenset()) -> SourceFiles:
+def find_files(
+    root: Path, subpath: str = "", label: str = "", own: frozenset[str] = frozenset(),
+    types: frozenset[str] = READABLE,
+) -> SourceFiles:  # fmt: skip
     """List the files of a folder (recursively) or the one file.
 
     `label` names the root in classification rules; `own` are files at the root that are not the source's, such as an
-    artifact's manifest.
+    artifact's manifest; `types` are the endings of files that can be read.
     """
     target = below(root, subpath) if subpath else root
     if not target.exists():
@@ -58,10 +61,10 @@ def find_files(root: Path, subpath: str = "", label: str = "", own: frozenset[st
     named = tuple(part for part in (label or (root.name if root.is_dir() else ""),) if part)
     if target.is_file():
         name = target.relative_to(base).as_posix()
-        if target.suffix.lower() not in READABLE:
+        if target.suffix.lower() not in types:
             raise bad_location(
                 "FILE_TYPE_UNKNOWN", "source", f"{name} is of no type that can be converted.",
-                f"Types are {', '.join(sorted(READABLE))}",
+                f"Types are {', '.join(sorted(types))}",
             )  # fmt: skip
         return SourceFiles([_source_file(target, base, named)])
     found = SourceFiles([])
@@ -69,25 +72,27 @@ def find_files(root: Path, subpath: str = "", label: str = "", own: frozenset[st
     for folder, subfolders, names in os.walk(target, onerror=_unreadable_folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(set(names) - (own if Path(folder) == root else frozenset())):
-            _sort_in(Path(folder) / name, base, real_root, named, found)
+            _sort_in(Path(folder) / name, base, real_root, named, found, types)
     if not found.files:
         beside = f" ({', '.join(found.ignored[:5])} are of no such type)" if found.ignored else ""
         raise bad_location(
             "NO_SOURCE_FILES", "source", f"There is no file to convert in {subpath or 'the source'}{beside}.",
-            f"Put files of the types {', '.join(sorted(READABLE))} there",
+            f"Put files of the types {', '.join(sorted(types))} there",
         )  # fmt: skip
     found.files.sort(key=lambda file: file.name)
     return found
 
 
-def _sort_in(path: Path, base: Path, real_root: str, named: tuple[str, ...], found: SourceFiles) -> None:
+def _sort_in(
+    path: Path, base: Path, real_root: str, named: tuple[str, ...], found: SourceFiles, types: frozenset[str]
+) -> None:
     name = path.relative_to(base).as_posix()
     if path.name.startswith("."):
         return
     if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real_root):
         raise path_denied(name, "it is a link that leaves the source.")
     documentation = path.stem.lower() in ABOUT_THE_FOLDER and path.suffix.lower() in {".txt", ".md", ""}
-    if path.suffix.lower() not in READABLE or documentation or not path.is_file():
+    if path.suffix.lower() not in types or documentation or not path.is_file():
         found.ignored.append(name)
         return
     found.files.append(_source_file(path, base, named))

@@ -154,7 +154,9 @@ def _from_turns(turns: Any, shape: str, names: frozenset[str]) -> Conversation:
     asked = next((text for role, text in merged if role != "system"), "")
     if merged[0][0] == "assistant" or (len(merged) > 1 and merged[0][0] == "system" and merged[1][0] == "assistant"):
         asked = ""
-    return Conversation(shape, asked, merged, notes=notes)
+    answers = [text for role, text in merged if role == "assistant"]
+    written: RowFormat = "json" if all(is_json_object(text) for text in answers) else "text"
+    return Conversation(shape, asked, merged, format=written, notes=notes)
 
 
 def _turn(turn: Any, number: int, names: frozenset[str]) -> tuple[str, str]:

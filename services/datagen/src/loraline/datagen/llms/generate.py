@@ -18,6 +18,7 @@ from loraline.datagen.llms.ledger import CallRecord, Ledger
 from loraline.datagen.llms.policy import QuotaPolicy
 from loraline.datagen.llms.prompting import SHOWN, LlmSettings, Prompter
 from loraline.datagen.llms.routes import LOST_FOR_GOOD, Pace, Route, Routes
+from loraline.datagen.llms.texts import TextPlan
 
 SET_ASIDE_IN_A_ROW = 3
 POLL_SECONDS = 0.5
@@ -38,10 +39,13 @@ class LlmRun:
         self._endpoints, self._seed = endpoints, seed
         self._policy = QuotaPolicy(settings, self.hooks, self.kept)
         self._next_call = 0
+        texts = settings.texts
+        self._plan = TextPlan(texts, settings.tries_of_a_text) if texts is not None else None
         self._again: deque[int] = deque()
         self._sizes: dict[int, int] = {}
         self._aside_in_a_row = 0
         self._asked = 0
+        self._all_read = False
         self._running: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._woken = asyncio.Event()
@@ -75,7 +79,7 @@ class LlmRun:
 
     def _replay(self) -> None:
         for record in self.ledger.replay():
-            self.intake.take(record)
+            self._take(record)
             self._next_call = max(self._next_call, record.call + 1)
             if record.outcome == "timeout":
                 self._sizes[record.call] = max(1, record.size // 2)
@@ -124,15 +128,24 @@ class LlmRun:
             route = routes.ready()
             if route is None:
                 return
-            if self._again:
-                number = self._again.popleft()
-            else:
-                number, self._next_call = self._next_call, self._next_call + 1
+            number = self._number()
+            if number is None:
+                self._all_read = True
+                return
             size = min(self._sizes.get(number, self.batch.size), room)
             self._asked += size
             task = asyncio.create_task(self._do(routes, route, number, size, route.limiter.begin()))
             self._running.add(task)
             task.add_done_callback(self._ended)
+
+    def _number(self) -> int | None:
+        """Return the number of the next call, or None when every text was read or given up."""
+        if self._again:
+            return self._again.popleft()
+        if self._plan is not None:
+            return self._plan.next_call()
+        self._next_call += 1
+        return self._next_call - 1
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -177,6 +190,8 @@ class LlmRun:
     def context(self, number: int, size: int) -> list[str]:
         """Return the instructions that call `number` shows or rewrites."""
         mode = self.settings.recipe.context
+        if self._plan is not None:
+            return self._plan.question(number)
         if not mode:
             return []
         return self.intake.pool.draw(f"{self._seed}:{number}", SHOWN if mode == "examples" else size)
@@ -185,7 +200,7 @@ class LlmRun:
         """Write a call down, then take it in. Calls go on in the order of the ledger, so that is the rows' order."""
         await self.ledger.append(record)
         before = self.intake.outcomes.copy(), self.intake.accepted
-        found = self.intake.take(record)
+        found = self._take(record)
         self._count_rows(*before)
         if record.outcome == "timeout":
             self._sizes[record.call] = max(1, record.size // 2)
@@ -196,6 +211,16 @@ class LlmRun:
             self._policy.answered()
             self.batch.answered(record.size, found, cut=record.finish_reason == "length")
         self.hooks.progress(self.intake)
+
+    def _take(self, record: CallRecord) -> int:
+        before = self.intake.accepted
+        found = self.intake.take(record)
+        if self._plan is not None and record.outcome not in ("timeout", "budget"):
+            self._all_read = False
+            self._plan.took(
+                record.call, accepted=self.intake.accepted > before, final=record.outcome == "filtered"
+            )  # fmt: skip
+        return found
 
     def _count_rows(self, outcomes: dict[str, int], accepted: int) -> None:
         for name, count in self.intake.outcomes.items():
@@ -219,6 +244,8 @@ class LlmRun:
             raise self._keeping(self._too_slow())
         if self.settings.budget <= self.intake.candidates:
             raise self._used_up()
+        if self._plan is not None and self._all_read:
+            raise self._plan.exhausted(self.intake.name, self.intake.accepted, self.settings.rows)
         if not self.budget.room(self.intake.cost, self.intake.budget_pauses, 0):
             raise await self._budget_reached()
         if not routes.live:
@@ -238,9 +265,9 @@ class LlmRun:
         told = ", ".join(f"{count} {name}" for name, count in sorted(self.intake.outcomes.items())) or "no items"
         return failed_precondition(
             "LLM_CANDIDATES_EXHAUSTED",
-            f"{self.intake.accepted} of {self.settings.rows} rows came out of {self.intake.candidates} candidates, "
-            f"the most that max_candidates_ratio allows ({told}). Give more topics, personas or styles, a clearer "
-            "brief, or a larger max_candidates_ratio.",
+            f"{self.intake.name}: {self.intake.accepted} of {self.settings.rows} rows came out of "
+            f"{self.intake.candidates} candidates, the most that max_candidates_ratio allows "
+            f"({told}). Give more topics, personas or styles, a clearer brief, or a larger max_candidates_ratio.",
             accepted=str(self.intake.accepted), candidates=str(self.intake.candidates),
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from loraline.datagen.llms.salvage import Item, salvage
 from loraline.datagen.llms.schemas import compiled, required_keys
 from loraline.datagen.quality.rows import RowCheck
 from loraline.datagen.quality.rules.language import is_written_in
+from loraline.datagen.quality.settings import CheckSettings
 from loraline.datagen.rows import Row, row_digest
 
 SHOWN_UNPARSABLE = 20
@@ -24,17 +25,18 @@ REFUSES = re.compile(r"\s*(?:I(?:'m| am) sorry|Sorry,|I can(?:'t|not) |As an AI\
 class Intake:
     """Takes records in the order of the ledger, live or when it is read again, with the same result both times.
 
-    `accept` gets each row; `unparsable` each answer that held no item, with the reason. `check` turns down rows for
-    which the gate would refuse the dataset; without one it is that of the default gate.
+    `accept` gets each row and may answer False: the dataset has it already, and another one is wanted. `unparsable`
+    gets each answer that held no item, with the reason. `check` turns down rows for which the gate would refuse the
+    dataset; without one it is that of the default gate.
     """
 
     def __init__(
         self, settings: LlmSettings, name: str, accept: Callable[[Row], Any],
         unparsable: Callable[[CallRecord, str], None] | None = None, check: RowCheck | None = None,
     ):  # fmt: skip
-        self._settings, self._name, self._accept = settings, name, accept
+        self._settings, self.name, self._accept = settings, name, accept
         self._unparsable = unparsable or (lambda _record, _why: None)
-        self._check = check or RowCheck()
+        self._check = check or RowCheck(CheckSettings(language=settings.language, forbid=settings.forbid))
         self._validator = compiled(settings.recipe.item_schema)
         self._keys = required_keys(settings.recipe.item_schema)
         self._seen: set[bytes] = set()
@@ -91,16 +93,18 @@ class Intake:
         """Accept an item's row, or return why it is left out."""
         if not self._validator.is_valid(item):
             return "rejected_schema"
-        recipe = self._settings.recipe
+        recipe, texts = self._settings.recipe, self._settings.texts
+        source = f"{self.name}:call-{record.call + 1}.{number + 1}"
+        place = record.call % len(texts) if texts else 0
         try:
-            messages = recipe.to_messages(item)
+            messages, written = recipe.row_of(item, texts.text(place) if texts else "")
             for message in messages:
                 message["content"].encode("utf-8")
         except (ItemError, UnicodeEncodeError):
             return "rejected_content"
         mended = self._check.mended(messages)
-        source = f"{self._name}:call-{record.call + 1}.{number + 1}"
-        row = Row(mended, recipe.name, f"llm:{record.model}", source, recipe.format, repaired=repaired)
+        source = texts.name(place) if texts else source
+        row = Row(mended, self._settings.row_kind, f"llm:{record.model}", source, written, repaired=repaired)
         problem = self._problem(row)
         if problem:
             return problem
@@ -114,14 +118,15 @@ class Intake:
         if self.complete:
             return "surplus"
         self._seen.add(digest)
+        if self._accept(row) is False:  # another source of the dataset has it
+            return "duplicate"
         self.accepted += 1
-        if self._settings.recipe.context:
+        if self._settings.recipe.extends:
             self.pool.add(row.messages[0]["content"])
         if row.repaired:
             self.outcomes["repaired"] += 1
         if mended:
             self.outcomes["mended"] += 1
-        self._accept(row)
         return ""
 
     def _problem(self, row: Row) -> str:
@@ -129,11 +134,10 @@ class Intake:
         if fault:
             return f"rejected_{fault.lower()}"
         language, recipe, messages = self._settings.language, self._settings.recipe, row.messages
-        if language:
-            said = [m["content"] for m in messages if m["role"] == "user" or recipe.format != "json"]
-            if not all(is_written_in(text, language) for text in said):
-                return "rejected_wrong_language"
-        if recipe.context:
+        asked = [] if self._settings.texts else [m["content"] for m in messages if m["role"] == "user"]
+        if language and not all(is_written_in(text, language) for text in asked):
+            return "rejected_wrong_language"
+        if recipe.extends:
             if REFUSES.match(messages[-1]["content"]):
                 return "rejected_refusal"
             if self.pool.too_like(messages[0]["content"]):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loraline.datagen.llms.recipes import Recipe
-from loraline.datagen.quality.settings import LANGUAGES
+from loraline.datagen.llms.texts import TextStore
+from loraline.datagen.quality.settings import LANGUAGES, NO_PROMISE, PROMISES, Forbidden, Language
 
 WRAPPER = "items"
 EVOLUTIONS = (
@@ -19,6 +20,9 @@ EVOLUTIONS = (
     "put it into a concrete situation with real-world details",
     "write a quite new one of the same field and difficulty that is rarer",
 )  # fmt: skip
+FORBIDDEN_WORDS: Mapping[Forbidden, str] = {
+    "latin": "Latin letters", "digits": "digits", "emoji": "emoji", "markdown": "markdown",
+}  # fmt: skip
 SHOWN = 8
 """Instructions that self-instruct shows in a request."""
 
@@ -43,7 +47,35 @@ class LlmSettings:
     timeout_seconds: float = 120.0
     max_tokens: int = 0
     max_cost_usd: float = 0.0
-    language: str = ""
+    language: Language = ""
+    kind: str = ""
+    forbid: frozenset[Forbidden] = frozenset()
+    texts: TextStore | None = None
+    longest_text: int = 0
+
+    @property
+    def row_kind(self) -> str:
+        """The kind of the rows."""
+        return self.kind or self.recipe.name
+
+    @property
+    def rules(self) -> list[str]:
+        """What rows must keep, in words."""
+        promise = PROMISES.get(self.row_kind, NO_PROMISE)
+        longest = self.longest_text or promise.max_characters
+        forbidden = sorted(self.forbid | promise.forbidden(self.language))
+        rules = [f"Write everything that people say in {LANGUAGES[self.language]}."] if self.language else []
+        if longest:
+            what = "No text in an answer" if promise.each_text else "No answer"
+            rules.append(f"{what} is longer than {longest} characters.")
+        if forbidden:
+            rules.append(f"Answers hold none of these: {', '.join(FORBIDDEN_WORDS[name] for name in forbidden)}.")
+        return rules
+
+    @property
+    def tries_of_a_text(self) -> int:
+        """How often one text may be read."""
+        return max(1, min(255, math.ceil(self.max_candidates_ratio)))
 
     @property
     def budget(self) -> int:
@@ -60,10 +92,7 @@ class Prompter:
         total = math.prod(len(values) or 1 for _, values in self._combinations)
         draw = int.from_bytes(hashlib.sha256(f"llm:{seed}".encode()).digest()[:8])
         self._first, self._step = draw % total, _coprime(draw >> 20, total)
-        parts = [settings.brief] if settings.brief else []
-        if settings.language:
-            parts.append(f"Write everything that people say in {LANGUAGES[settings.language]}.")
-        self._brief = parts
+        self._brief = [*([settings.brief] if settings.brief else []), *settings.rules]
         self._shots = [f"Example of a user turn: {prompt}\nExample of its answer: {response}"
                        for prompt, response in settings.few_shots]  # fmt: skip
         self._schema = json.dumps(settings.recipe.item_schema, ensure_ascii=False)
@@ -73,6 +102,15 @@ class Prompter:
         if settings.max_tokens:
             rest["max_tokens"] = settings.max_tokens
         self._after = {False: _json(rest)[1:], True: _json({**rest, "response_format": _format(settings.recipe)})[1:]}
+
+    @property
+    def plan(self) -> str:
+        """What decides the requests of all calls, sizes and response_format aside: equal plans ask the same things."""
+        recipe = self._settings.recipe
+        seeds = [list(values) for _, values in self._combinations]
+        texts = self._settings.texts
+        return _json([self._seed, recipe.name, recipe.context, texts.digest if texts else "", self._brief, seeds,
+                      self._shots, self._schema, self._before, self._after[False]])  # fmt: skip
 
     def body(self, model: str, call: int, size: int, *, structured: bool, context: Sequence[str] = ()) -> bytes:
         """Return the body of call number `call` for `size` items; `context` are instructions to show or to rewrite."""
@@ -84,6 +122,8 @@ class Prompter:
         """Return the user turn of a request."""
         parts = [*self._brief, *self._drawn(call), *self._shots]
         mode = self._settings.recipe.context
+        if mode == "text":
+            return "\n\n".join([*self._brief, *self._shots, self._about_text(*context)])
         if mode == "examples" and context:
             shown = "\n".join(f"- {text}" for text in context)
             parts.append(f"Instructions that exist already. Write others, of different kinds:\n{shown}")
@@ -97,6 +137,12 @@ class Prompter:
             f"fits this JSON schema:\n{self._schema}"
         )
         return "\n\n".join(parts)
+
+    def _about_text(self, text: str = "", again: str = "") -> str:
+        return (
+            f"Text:\n{text}\n\nWrite 1 item: what this text says{f' ({again})' if again else ''}. Answer with one JSON "
+            f'object {{"{WRAPPER}": [...]}} and nothing else. The item fits this JSON schema:\n{self._schema}'
+        )
 
     def _drawn(self, call: int) -> list[str]:
         """Return the seeds of a call. All combinations come before one comes again, in an order of the run's seed."""
@@ -122,10 +168,13 @@ def _coprime(start: int, total: int) -> int:
 
 
 def _format(recipe: Recipe) -> Mapping[str, Any]:
+    item = dict(recipe.item_schema)
     schema = {
+        # References such as #/$defs/… are looked up from the top.
+        **{name: item.pop(name) for name in ("$defs", "definitions") if name in item},
         "type": "object",
         # At least one: a weak model takes the shortest way out that the schema leaves, an empty list.
-        "properties": {WRAPPER: {"type": "array", "minItems": 1, "items": recipe.item_schema}},
+        "properties": {WRAPPER: {"type": "array", "minItems": 1, "items": item}},
         "required": [WRAPPER],
         "additionalProperties": False,
     }

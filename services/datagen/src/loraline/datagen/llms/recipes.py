@@ -12,6 +12,7 @@ from loraline.datagen.convert.shapes import PairShape, ShapeError, parse, recogn
 from loraline.datagen.llms.schemas import bad_schema, compiled
 from loraline.datagen.rows import RowFormat, conversation
 
+ItemError = ShapeError
 Messages = list[dict[str, str]]
 TEXT = {"type": "string", "minLength": 1}
 
@@ -37,22 +38,60 @@ class Recipe:
     to_messages: Callable[[Mapping[str, Any]], Messages]
     format: RowFormat = "text"
     strict_schema: bool = True
-    context: Literal["", "examples", "evolve"] = ""
+    context: Literal["", "examples", "evolve", "text"] = ""
+    requires: tuple[str, ...] = ()
+    profits_from: tuple[str, ...] = ("brief", "topics", "personas", "styles")
+    schema_is_own: bool = False
+
+    def row_of(self, item: Mapping[str, Any], text: str = "") -> tuple[Messages, RowFormat]:
+        """Return an item's messages and how its answer is written; ItemError for one that makes no row.
+
+        `text` is the caller's that the item was read out of, for recipes whose context is `text`.
+        """
+        if self.context == "text":
+            return conversation(text, json.dumps(item["record"], ensure_ascii=False)), self.format
+        if self.schema_is_own and not _has_fields(item, self.own_fields):
+            found = parse(item)
+            return [{"role": role, "content": said} for role, said in found.turns], found.format
+        return self.to_messages(item), self.format
+
+    @property
+    def extends(self) -> bool:
+        """Whether items are instructions that grow out of those given and made before."""
+        return self.context in ("examples", "evolve")
+
+    @property
+    def own_fields(self) -> frozenset[str]:
+        """The fields that items of the built-in recipe have."""
+        return frozenset(RECIPES[self.name].item_schema["properties"])
+
+
+def _has_fields(item: Mapping[str, Any], fields: frozenset[str]) -> bool:
+    return fields <= item.keys()
+
+
+def _said(item: Any, name: str) -> str:
+    """Return a text of an item; its schema may be the caller's, so it may be anything."""
+    value = item.get(name) if isinstance(item, Mapping) else None
+    if not isinstance(value, str):
+        raise ItemError("CONTENT_NOT_TEXT", f"{name!r} is no text.", "Ask for text")
+    return value.strip()
 
 
 def _instruction(item: Mapping[str, Any]) -> Messages:
-    return conversation(item["instruction"].strip(), item["response"].strip())
+    return conversation(_said(item, "instruction"), _said(item, "response"))
 
 
 def _dialogue(item: Mapping[str, Any]) -> Messages:
-    turns = [conversation(turn["user"].strip(), turn["assistant"].strip()) for turn in item["turns"]]
+    spoken = item["turns"] if isinstance(item["turns"], list) else []
+    turns = [conversation(_said(turn, "user"), _said(turn, "assistant")) for turn in spoken]
     return [message for turn in turns for message in turn]
 
 
 def _json_answer(question: str, *answer: str) -> Callable[[Mapping[str, Any]], Messages]:
     def to_messages(item: Mapping[str, Any]) -> Messages:
         value = item[answer[0]] if len(answer) == 1 else {name: item[name] for name in answer}
-        return conversation(item[question].strip(), json.dumps(value, ensure_ascii=False))
+        return conversation(_said(item, question), json.dumps(value, ensure_ascii=False))
 
     return to_messages
 
@@ -87,12 +126,13 @@ RECIPES: dict[str, Recipe] = {
             _json_answer("text", "command"),
             "json",
             strict_schema=False,
+            profits_from=("brief", "item_schema", "few_shots", "topics", "personas", "styles"),
         ),
         Recipe(
             "recommendation",
             "A person's situation, and a recommendation with challenges to take up.",
-            "You write training data for an adviser. Each item has a person's request, a short warm recommendation of "
-            "at most 100 characters, and one to three challenges, each with a title and a description.",
+            "You write training data for an adviser. Each item has a person's request, a short warm recommendation, "
+            "and one to three challenges, each with a title and a description, in plain text without markdown.",
             _object(
                 request=TEXT,
                 recommend=TEXT,
@@ -116,6 +156,7 @@ RECIPES: dict[str, Recipe] = {
             _json_answer("text", "record"),
             "json",
             strict_schema=False,
+            profits_from=("texts", "item_schema", "brief", "topics"),
         ),
         Recipe(
             "self-instruct",
@@ -126,6 +167,7 @@ RECIPES: dict[str, Recipe] = {
             _object(instruction=TEXT, response=TEXT),
             _instruction,
             context="examples",
+            requires=("few_shots",),
         ),
         Recipe(
             "evol-instruct",
@@ -136,6 +178,7 @@ RECIPES: dict[str, Recipe] = {
             _object(instruction=TEXT, response=TEXT),
             _instruction,
             context="evolve",
+            requires=("few_shots",),
         ),
     )
 }
@@ -151,30 +194,47 @@ def find_recipe(name: str) -> Recipe:
 
 
 def with_schema(recipe: Recipe, schema: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the caller's schema of one item; its fields must have one of the shapes convert knows."""
+    """Return the recipe with the caller's schema of one item.
+
+    Its fields are those of the recipe's own items, or have one of the shapes convert knows; then rows are written as
+    convert would write them.
+    """
     compiled(schema)
+    own = replace(recipe, item_schema=schema, strict_schema=False, schema_is_own=True)
     properties = schema.get("properties")
-    shape = recognise({name: [] for name in properties}) if isinstance(properties, Mapping) else None
+    if not isinstance(properties, Mapping):
+        raise bad_schema("it names no properties")
+    if _has_fields(properties, recipe.own_fields):
+        return own
+    shape = recognise({name: [] for name in properties})
     if shape is None:
-        raise bad_schema("its properties are of no known shape, such as prompt/completion, input/output or messages")
+        fields = ", ".join(sorted(recipe.own_fields))
+        raise bad_schema(
+            f"its properties are neither those of the recipe ({fields}) nor of a known shape, such as "
+            "prompt/completion, input/output or messages"
+        )
     name = shape.name if isinstance(shape, PairShape) else shape
-    return replace(
-        recipe, description=f"{recipe.description} ({name})", item_schema=schema, to_messages=_by_shape,
-        strict_schema=False,
-    )  # fmt: skip
+    return replace(own, description=f"{recipe.description} ({name})")
+
+
+def reading(recipe: Recipe, record: Mapping[str, Any] | None) -> Recipe:
+    """Return the recipe for texts of the caller's: one record an item, by the schema given or any object."""
+    if record is not None:
+        compiled(record)
+    schema = dict(record or {"type": "object", "minProperties": 1})
+    definitions = {name: schema.pop(name) for name in ("$defs", "definitions") if name in schema}
+    prompt = (
+        "You read facts out of text. The item has the one JSON object of the facts in the text that is given, with the "
+        "fields that its schema and the brief describe. Nothing that the text does not say stands in the object."
+    )
+    item_schema = {**_object(record=schema), **definitions}
+    return replace(recipe, system_prompt=prompt, item_schema=item_schema, strict_schema=False, context="text")
 
 
 def check_context(recipe: Recipe, few_shots: int, field: str) -> None:
     """INVALID_ARGUMENT when the recipe works on given instructions and there are none."""
-    if recipe.context and not few_shots:
+    if "few_shots" in recipe.requires and not few_shots:
         raise invalid_argument(
             "FEW_SHOTS_MISSING", f"The recipe {recipe.name} starts from instructions of yours: put some into "
             f"{field}.few_shots.", **{f"{field}.few_shots": "missing"},
         )  # fmt: skip
-
-
-def _by_shape(item: Mapping[str, Any]) -> Messages:
-    return [{"role": role, "content": text} for role, text in parse(item).turns]
-
-
-ItemError = ShapeError

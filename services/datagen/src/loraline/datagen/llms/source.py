@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from loraline.datagen.llms.intake import Intake
 from loraline.datagen.llms.ledger import CallRecord, Ledger
 from loraline.datagen.llms.request import llm_of
 from loraline.datagen.llms.routes import Pace
+from loraline.datagen.llms.texts import TextStore
 from loraline.datagen.quality.rows import RowCheck
 from loraline.datagen.rows import Row
 
@@ -35,13 +37,16 @@ def llm_rows(
     hooks: Hooks | None = None,
     core: CoreSettings | None = None,
     check: RowCheck | None = None,
+    texts: TextStore | None = None,
+    longest_text: int = 0,
 ) -> Intake:
     """Ask the recipe's endpoints until all rows were given to `accept`; return the counts. Runs its own event loop.
 
-    `check` turns down rows that the dataset's gate would refuse. `folder` keeps the ledger and `unparsable.jsonl`
-    (answers that held no item, with the reason); None keeps nothing.
+    `check` turns down rows that the dataset's gate would refuse; `longest_text` is the gate's limit of an answer, 0 for
+    that of the rows' kind. `texts` are those of a recipe that reads some. `folder` keeps the ledger and
+    `unparsable.jsonl` (answers that held no item, with the reason); None keeps nothing.
     """
-    settings, own = llm_of(recipe, name), DatagenSettings()
+    settings, own = replace(llm_of(recipe, name), texts=texts, longest_text=longest_text), DatagenSettings()
     endpoints = endpoints_of(recipe)
     pace = Pace(
         own.llm_concurrency, own.llm_backoff_seconds,

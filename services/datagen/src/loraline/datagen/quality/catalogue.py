@@ -157,20 +157,20 @@ CODES: dict[str, Code] = {
         "Write the words in the language of the dataset, where they have such a form.",
     ),
     "FORBIDDEN_LATIN": Code(
-        "error", "The gate forbids Latin letters in answers; the model learns them from such rows.",
-        "Write the words in the dataset's own script, or remove LATIN from gate.forbid.",
+        "error", "The gate or the rows' recipe forbids Latin letters in answers; a model learns them from such rows.",
+        "Write the words in the dataset's own script; where they are meant, allow this finding.",
     ),
     "FORBIDDEN_DIGITS": Code(
-        "error", "The gate forbids digits in answers; the model learns them from such rows.",
-        "Write numbers as words, or remove DIGITS from gate.forbid.",
+        "error", "The gate or the rows' recipe forbids digits in answers; a model learns them from such rows.",
+        "Write numbers as words; where they are meant, allow this finding.",
     ),
     "FORBIDDEN_EMOJI": Code(
-        "error", "The gate forbids emoji in answers; the model learns them from such rows.",
-        "Remove them from the answers, or remove EMOJI from gate.forbid.",
+        "error", "The gate or the rows' recipe forbids emoji in answers; a model learns them from such rows.",
+        "Remove them from the answers; where they are meant, allow this finding.",
     ),
     "FORBIDDEN_MARKDOWN": Code(
-        "error", "The gate forbids markdown in answers; where it is not rendered, its marks are shown as they are.",
-        "Write plain text, or remove MARKDOWN from gate.forbid.",
+        "error", "The gate or the rows' recipe forbids markdown in answers; not rendered, its marks are seen.",
+        "Write plain text; where markdown is meant, allow this finding.",
     ),
     # Form.
     "MIXED_FORMATS": Code(

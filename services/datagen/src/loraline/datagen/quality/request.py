@@ -21,7 +21,7 @@ _FORMATS: dict[int, Literal["newline", "json"]] = {
     datagen_pb2.OUTPUT_FORMAT_NEWLINE: "newline",
     datagen_pb2.OUTPUT_FORMAT_JSON: "json",
 }
-_FORBIDDEN: dict[int, Forbidden] = {
+FORBIDDEN: dict[int, Forbidden] = {
     datagen_pb2.FORBIDDEN_TEXT_LATIN: "latin",
     datagen_pb2.FORBIDDEN_TEXT_DIGITS: "digits",
     datagen_pb2.FORBIDDEN_TEXT_EMOJI: "emoji",
@@ -70,7 +70,7 @@ def settings_of(gate: datagen_pb2.QualityGate, library: ArtifactLibrary) -> Chec
     """Return what the rules check against; brings the tokenizer, and nothing else of the base model, here."""
     return CheckSettings(
         language=cast(Language, gate.language),
-        forbid=frozenset(_FORBIDDEN[text] for text in gate.forbid),
+        forbid=frozenset(FORBIDDEN[text] for text in gate.forbid),
         answer_format=_FORMATS.get(gate.answer_format, ""),
         answer_schema=json_format.MessageToDict(gate.answer_schema) if gate.HasField("answer_schema") else None,
         max_response_characters=gate.max_response_characters,

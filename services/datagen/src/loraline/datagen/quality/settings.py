@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from loraline.core.errors import invalid_argument
 
@@ -15,7 +15,7 @@ SIMILARITY = 0.8
 LANGUAGES: Mapping[str, str] = {"ko": "Korean", "zh": "Chinese", "en": "English"}
 
 
-def check_language(language: str, field: str) -> str:
+def check_language(language: str, field: str) -> Language:
     """Return the language; INVALID_ARGUMENT when there is no rule for it."""
     if language and language not in LANGUAGES:
         names = ", ".join(LANGUAGES)
@@ -23,7 +23,7 @@ def check_language(language: str, field: str) -> str:
             "LANGUAGE_UNKNOWN", f"{field} is {language!r}; there are rules for {names}. Give one of them, or leave it "
             "empty.", **{field: f"must be one of {names}"},
         )  # fmt: skip
-    return language
+    return cast(Language, language)
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,23 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class Promise:
-    """What the rows of one kind promise: JSON by a schema, the longest answer in grapheme clusters (0: no bound)."""
+    """What the rows of one kind promise.
+
+    JSON by `schema`; the longest answer, or with `each_text` the longest text in an answer, in grapheme clusters (0: no
+    bound); what must not stand in answers, in any language and by language. `in_words` is false where the texts of
+    the JSON are no language, such as names of commands.
+    """
 
     schema: Mapping[str, Any] | None = None
     max_characters: int = 0
+    each_text: bool = False
+    forbid: frozenset[Forbidden] = frozenset()
+    forbid_in: Mapping[str, frozenset[Forbidden]] = field(default_factory=dict)
+    in_words: bool = True
+
+    def forbidden(self, language: str) -> frozenset[Forbidden]:
+        """Return what must not stand in answers of the language; empty for no language."""
+        return self.forbid | self.forbid_in.get(language, frozenset())
 
 
 _TEXT = {"type": "string"}
@@ -69,10 +82,16 @@ RECOMMENDATION = {
         },
     },
 }
+FEEDBACK_CHARACTERS = 100
+_PURE: frozenset[Forbidden] = frozenset({"latin", "digits", "emoji", "markdown"})
 PROMISES: Mapping[str, Promise] = {
-    "recommendation": Promise(RECOMMENDATION),
-    "commands": Promise({"type": "object", "minProperties": 1}),
-    "extraction": Promise({"type": "object", "minProperties": 1}),
-    "feedback": Promise(max_characters=100),
-}
+    # People read each text of it in a small place, in one language and nothing else.
+    "recommendation": Promise(
+        RECOMMENDATION, FEEDBACK_CHARACTERS, each_text=True, forbid=frozenset({"markdown"}),
+        forbid_in={"ko": _PURE, "zh": _PURE},
+    ),
+    "commands": Promise({"type": "object", "minProperties": 1}, in_words=False),
+    "extraction": Promise({"type": "object", "minProperties": 1}, in_words=False),
+    "feedback": Promise(max_characters=FEEDBACK_CHARACTERS),
+}  # fmt: skip
 NO_PROMISE = Promise()

@@ -11,10 +11,11 @@ from jsonschema import Draft202012Validator
 
 from loraline.datagen.quality.rules.rule import RowRule, quoted
 from loraline.datagen.quality.seen import SeenRow, json_object, texts_in
-from loraline.datagen.quality.settings import NO_PROMISE, PROMISES, CheckSettings
+from loraline.datagen.quality.settings import NO_PROMISE, PROMISES, CheckSettings, Promise
 
 FENCED = re.compile(r"\A```[ \t]*[A-Za-z0-9]*[ \t]*\r?\n(?P<body>.*?)\r?\n?[ \t]*```\Z", re.DOTALL)
 _GRAPHEME = regex.compile(r"\X")
+_COLON = re.compile(r"[:：]\s")
 
 
 def grapheme_count(text: str) -> int:
@@ -28,6 +29,25 @@ def inside_fence(answer: str) -> str | None:
     if match is None or json_object(match["body"].strip()) is None:
         return None
     return match["body"].strip()
+
+
+def _counted(answer: str, promise: Promise) -> Iterator[tuple[str, str]]:
+    """Yield the texts of an answer that a limit counts, with their paths; empty for the whole answer.
+
+    Of a recommendation in lines that is the first line, and of `title: description` each part.
+    """
+    answer = answer.strip()
+    if not promise.each_text:
+        yield "", answer
+        return
+    value = json_object(answer)
+    if value is not None:
+        yield from texts_in(value)
+        return
+    first, *lines = answer.splitlines() or [""]
+    yield "line 1", first
+    for number, line in enumerate(lines, start=2):
+        yield from ((f"line {number}", part.strip()) for part in _COLON.split(line, maxsplit=1))
 
 
 class AnswersRule(RowRule):
@@ -45,7 +65,7 @@ class AnswersRule(RowRule):
     def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
         """Check one row's answers."""
         promise = PROMISES.get(row.kind, NO_PROMISE)
-        yield from self._length_of(row, self._settings.max_response_characters or promise.max_characters)
+        yield from self._length_of(row, promise)
         if not row.answer:
             return
         fenced = inside_fence(row.answer) if row.answer.startswith("```") else None
@@ -84,9 +104,14 @@ class AnswersRule(RowRule):
             self._validators[kind] = Draft202012Validator(schema) if schema is not None else None
         return self._validators[kind]
 
-    def _length_of(self, row: SeenRow, longest: int) -> Iterator[tuple[str, str]]:
+    def _length_of(self, row: SeenRow, promise: Promise) -> Iterator[tuple[str, str]]:
+        longest = self._settings.max_response_characters or promise.max_characters
         if not longest:
             return
-        length = max((grapheme_count(answer.strip()) for answer in row.answers if len(answer) > longest), default=0)
+        counted = (found for answer in row.answers for found in _counted(answer, promise))
+        texts = [(path, text) for path, text in counted if len(text) > longest]
+        length, path, text = max(((grapheme_count(text), path, text) for path, text in texts), default=(0, "", ""))
         if length > longest:
-            yield "ANSWER_TOO_LONG", f"an answer is longer than {longest} characters, such as one of {length}."
+            what = f"the text {path}" if path else "an answer"
+            told = f"{what} is longer than {longest} characters, such as {quoted(text, 40)} of {length}."
+            yield "ANSWER_TOO_LONG", told

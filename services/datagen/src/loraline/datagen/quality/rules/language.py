@@ -11,7 +11,7 @@ import regex
 from loraline.datagen.quality.rules.rule import RowRule, quoted
 from loraline.datagen.quality.scripts import DIGITS, EMOJI, LATIN, language_of, letters_by_script
 from loraline.datagen.quality.seen import SeenRow
-from loraline.datagen.quality.settings import LANGUAGES, CheckSettings
+from loraline.datagen.quality.settings import LANGUAGES, NO_PROMISE, PROMISES, CheckSettings
 
 _LANGUAGE = {"ko": "ko", "zh": "zh", "latin": "en"}
 # Headings, quotations, list items, tables; bold and struck text; code; links and pictures (CommonMark and GitHub's).
@@ -52,10 +52,10 @@ class LanguageRule(RowRule):
 
     def faults_of(self, row: SeenRow) -> Iterator[tuple[str, str]]:
         """Check one row's answers."""
-        text = row.spoken
-        if self._language and row.language != "none":
+        text, promise = row.spoken, PROMISES.get(row.kind, NO_PROMISE)
+        if self._language and row.language != "none" and promise.in_words:
             yield from self._language_of(text, _LANGUAGE.get(row.language, row.language))
-        for name in sorted(self._forbid):
+        for name in sorted(self._forbid | promise.forbidden(self._language)):
             match = _FORBIDDEN[name].search(row.answer if name == "markdown" and not row.json_object else text)
             if match is not None:
                 yield f"FORBIDDEN_{name.upper()}", f"{name} in the answer, such as {quoted(match.group(), 30)}."
