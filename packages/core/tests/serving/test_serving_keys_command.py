@@ -48,3 +48,13 @@ def test_mistakes_are_one_line_and_exit_one(invoke):
         result = invoke(*arguments)
         assert result.exit_code == 1
         assert words in result.stderr and "Traceback" not in result.output
+
+
+def test_limits_are_made_and_listed(invoke, tmp_path):
+    made = invoke("create", "ann", "--requests-per-minute", "60", "--tokens-per-minute", "5000")
+    principal = KeyRing(tmp_path / "d" / "api_keys.json").verify(made.stdout.strip())
+    assert principal is not None and (principal.requests_per_minute, principal.tokens_per_minute) == (60, 5000)
+    assert "60 requests/min  5000 tokens/min" in invoke("list").stdout
+    rows = json.loads(invoke("list", "--format", "json").stdout)
+    assert (rows[0]["requests_per_minute"], rows[0]["tokens_per_minute"]) == (60, 5000)
+    assert invoke("create", "bob", "--tokens-per-minute", "-1").exit_code == 2

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
@@ -57,11 +58,15 @@ log = structlog.get_logger("loraline.auth")
 
 @dataclass(frozen=True)
 class Principal:
-    """Who calls: the key's id, its name and its roles."""
+    """Who calls: the key's id, its name, its roles and how much it may ask."""
 
     key_id: str
     name: str
     roles: tuple[str, ...]
+    requests_per_minute: int = 0
+    """Questions to models that the key may ask in a minute; 0 for no limit."""
+    tokens_per_minute: int = 0
+    """Tokens of prompts and answers that the key may use in a minute; 0 for no limit."""
 
     def may_call(self, method: str) -> bool:
         """Tell whether the caller may call the gRPC method (`/package.Service/Method`)."""
@@ -118,17 +123,29 @@ class KeyRecord:
     roles: tuple[str, ...]
     sha256: str
     created: str
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+
+    def principal(self) -> Principal:
+        """Return who calls with this key."""
+        return Principal(self.id, self.name, self.roles, self.requests_per_minute, self.tokens_per_minute)
 
 
 def _parse(text: str) -> dict[str, KeyRecord]:
-    content = json.loads(text)
-    records = [
-        KeyRecord(
-            str(row["id"]), str(row["name"]), tuple(row["roles"]), str(row["sha256"]), str(row.get("created", ""))
-        )
-        for row in content["keys"]
-    ]
+    records = [_record(row) for row in json.loads(text)["keys"]]
     return {record.id: record for record in records}
+
+
+def _record(row: dict[str, Any]) -> KeyRecord:
+    return KeyRecord(
+        str(row["id"]),
+        str(row["name"]),
+        tuple(row["roles"]),
+        str(row["sha256"]),
+        str(row.get("created", "")),
+        int(row.get("requests_per_minute", 0)),
+        int(row.get("tokens_per_minute", 0)),
+    )
 
 
 class KeyRing:
@@ -166,13 +183,20 @@ class KeyRing:
             return None
         return proven.setdefault(key, self._principals[key_id])
 
-    def create(self, name: str, roles: Sequence[str]) -> str:
-        """Add a key and return it in plain: the only time it is ever seen. ALREADY_EXISTS when the name is taken."""
+    def create(
+        self, name: str, roles: Sequence[str], *, requests_per_minute: int = 0, tokens_per_minute: int = 0
+    ) -> str:
+        """Add a key and return it in plain: the only time it is ever seen. ALREADY_EXISTS when the name is taken.
+
+        The limits count questions to models and their tokens; 0 means none.
+        """
         unknown = [role for role in roles if role not in ROLES]
         if unknown or not roles:
             raise invalid_argument("UNKNOWN_ROLE", f"Role {unknown or 'none'} is not one of {', '.join(ROLES)}.")
         if not name.strip():
             raise invalid_argument("INVALID_KEY_NAME", "A key needs a name that tells whose it is.")
+        if requests_per_minute < 0 or tokens_per_minute < 0:
+            raise invalid_argument("INVALID_KEY_LIMIT", "A key's limits are whole numbers from 0; 0 means no limit.")
         with self._locked():
             if any(record.name == name for record in self._records.values()):
                 text = f"There is a key named {name!r}. Revoke it first, or take another name."
@@ -180,7 +204,8 @@ class KeyRing:
             key_id, secret = secrets.token_hex(4), secrets.token_hex(24)
             digest = hashlib.sha256(secret.encode()).hexdigest()
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            record = KeyRecord(key_id, name, tuple(roles), digest, created)
+            limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+            record = KeyRecord(key_id, name, tuple(roles), digest, created, **limits)
             self._save([*self._records.values(), record])
         return f"lora_{key_id}_{secret}"
 
@@ -214,7 +239,7 @@ class KeyRing:
         self._stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None
         self._records = records
         self._proven = {}
-        self._principals = {r.id: Principal(r.id, r.name, r.roles) for r in records.values()}
+        self._principals = {record.id: record.principal() for record in records.values()}
 
     def _reload_if_changed(self) -> None:
         try:

@@ -32,11 +32,14 @@ def register(app: typer.Typer) -> None:
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, such as a person, a team or a program.")],
     role: Annotated[str, typer.Option(help="`chat` asks models, `operate` may do everything.")] = "operate",
+    requests_per_minute: Annotated[int, typer.Option(min=0, help="Questions to models in a minute; 0: any.")] = 0,
+    tokens_per_minute: Annotated[int, typer.Option(min=0, help="Tokens of questions and answers; 0: any.")] = 0,
     output: _Format = "auto",
 ) -> None:
     """Make a key and print it: this is the only time it is shown."""
     ring = _ring()
-    key = _or_exit(lambda: ring.create(name, [role]))
+    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    key = _or_exit(lambda: ring.create(name, [role], **limits))
     if _as_json(output):
         print(json.dumps({"name": name, "role": role, "key": key}, ensure_ascii=False))
         return
@@ -48,7 +51,7 @@ def list_keys(output: _Format = "auto") -> None:
     """List the keys: id, name, roles, and when each was made."""
     ring = _ring()
     rows = [
-        {"id": record.id, "name": record.name, "roles": list(record.roles), "created": record.created}
+        {name: list(value) if name == "roles" else value for name, value in vars(record).items() if name != "sha256"}
         for record in _or_exit(ring.list)
     ]
     if _as_json(output):
@@ -58,7 +61,7 @@ def list_keys(output: _Format = "auto") -> None:
         print(f"No keys in {ring.path}. Make one with `loraline keys create NAME` (roles: {', '.join(ROLES)}).")
     width = max((len(str(row["name"])) for row in rows), default=0)
     for row in rows:
-        print(f"{row['id']}  {row['name']!s:<{width}}  {','.join(row['roles']):<8} {row['created']}")
+        print(f"{row['id']}  {row['name']!s:<{width}}  {','.join(row['roles']):<8} {row['created']}{_limits(row)}")
 
 
 def revoke(name: Annotated[str, typer.Argument(help="Name or id of the key.")]) -> None:
@@ -66,6 +69,11 @@ def revoke(name: Annotated[str, typer.Argument(help="Name or id of the key.")]) 
     ring = _ring()
     record = _or_exit(lambda: ring.revoke(name))
     print(f"Revoked {record.name} ({record.id}).")
+
+
+def _limits(row: dict[str, Any]) -> str:
+    names = {"requests_per_minute": "requests/min", "tokens_per_minute": "tokens/min"}
+    return "".join(f"  {row[name]} {shown}" for name, shown in names.items() if row[name])
 
 
 def _ring() -> KeyRing:
