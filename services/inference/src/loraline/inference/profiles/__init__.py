@@ -1,0 +1,1 @@
+"""Response profiles: a named way to answer, with prompt, inputs, shape, language and how it is streamed."""
