@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loraline.core.errors import LoralineError
 from loraline.merger.merging import AdapterInput, MergeOptions, MergeWatch, merge_folders
-from loraline.merger.weights import writer
+from loraline.merger.weights import target
 from loraline.merger.weights.header import read_header
 
 WEIGHTS = "model.safetensors"
@@ -187,10 +187,10 @@ def test_several_adapters_that_need_peft(tmp_path, make_base, make_adapter):
 def test_full_disk(tmp_path, pair, monkeypatch):
     base, adapter = pair
 
-    def full(descriptor: int, data: memoryview) -> None:
+    def full(descriptor: int, data: memoryview, offset: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_all", full)
+    monkeypatch.setattr(target, "write_at", full)
     assert refused(tmp_path, base, adapter).reason == "DISK_FULL"
     assert not (tmp_path / "work" / "model" / WEIGHTS).exists()
 

@@ -109,7 +109,7 @@ def _why_peft(
             return f"{touched} is trained and the base's input and output embedding are one weight"
         for name in adapter.whole:
             found = find_tensor(name, tensors)
-            if not found or tensors[found].shape != adapter.shape_of(adapter.whole[name]):
+            if not found or not tensors[found].shape or tensors[found].shape != adapter.shape_of(adapter.whole[name]):
                 return f"{name} is trained whole and the base has it in another shape or not at all"
         unmapped = next((f.module for f in adapter.factors if not find_weight(f.module, tensors)), "")
         if unmapped and not _has_fused_names(unmapped, tensors):

@@ -1,8 +1,7 @@
 """Writes a merged model shard by shard, in blocks of rows: each base byte is read once and memory stays bounded.
 
 A shard is written under another name, synced, and renamed when it is whole; which shards are done is kept beside them,
-so that a job that was killed goes on at the shard where it stopped. Blocks are computed here while a thread writes and
-syncs those before them.
+so that a job that was killed goes on at the shard where it stopped. Threads compute blocks and write them in place.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import errno
 import json
 import math
 import os
-import shutil
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,13 @@ from pathlib import Path
 import torch
 
 from loraline.core.errors import LoralineError, failed_precondition, resource_exhausted
+from loraline.merger.engines.crew import BYTES_PER_ELEMENT, Crew, Scratch
 from loraline.merger.engines.deltas import TORCH_DTYPES, RowSource
 from loraline.merger.engines.mapped import MappedShard
-from loraline.merger.weights.copy import copy_range
+from loraline.merger.weights.copy import COPY_BLOCK, copy_range
 from loraline.merger.weights.header import Form, ShardHeader, TensorInfo, corrupt_weights, encode_header
 from loraline.merger.weights.layout import INDEX_FILE, WeightFiles
-from loraline.merger.weights.writer import OrderedWriter
+from loraline.merger.weights.target import ShardTarget
 
 BLOCK_ELEMENTS = 512 * 1024
 """Elements computed at a time: 2 MiB in float32, which stay in the processor's cache from one step to the next."""
@@ -34,8 +34,11 @@ _ROWS = 128
 """Blocks are whole multiples of this many rows: matrix libraries compute the rows that are left over at the end of a
 product by other code, and such rows in the middle of a tensor would differ from peft's in a last bit here and there."""
 _MOST_THREADS = 4
+_BUFFERS = 96 * 1024 * 1024
+"""Bytes that the buffers of all threads may take."""
 STATE_FILE = ".merge_state.json"
 Advance = Callable[[int], None]
+Step = Callable[[Scratch], None]
 
 
 @dataclass
@@ -62,23 +65,20 @@ def write_merged(
     FAILED_PRECONDITION (MERGE_NOT_FINITE) or DATA_LOSS (CORRUPT_WEIGHTS).
     """
     out.mkdir(parents=True, exist_ok=True)
-    state_path = out.with_name(out.name + STATE_FILE)
-    done = _load_state(state_path, out, fingerprint)
+    done = _Done(out.with_name(out.name + STATE_FILE), out, fingerprint)
     result = StreamedMerge()
     try:
-        # Syncing a shard waits for the disk; the next shard's writes shall not wait with it.
-        with _threads(), OrderedWriter() as syncer, OrderedWriter() as writer:
+        with Crew(_threads(weights, form)) as crew:
             for number, shard in enumerate(weights.shards, start=1):
                 relative = shard.path.relative_to(weights.folder).as_posix()
-                if relative in done:
-                    size, merged = done[relative]
+                if relative in done.shards:
+                    size, merged = done.shards[relative]
                     result.resumed_shards.append(relative)
                     advance(size)
                 else:
                     last = number == len(weights.shards)
-
-                    task = _Shard(shard, rows, form, out / relative, advance, writer, syncer, last)
-                    size, merged = task.write(partial(_note_done, state_path, fingerprint, done, relative))
+                    task = _Shard(shard, rows, form, out / relative, advance, crew, last)
+                    size, merged = task.write(partial(done.note, relative))
                 result.bytes_written += size
                 result.merged_tensors += merged
         if weights.indexed:
@@ -97,93 +97,118 @@ class _Shard:
     form: Form
     target: Path
     advance: Advance
-    writer: OrderedWriter
-    syncer: OrderedWriter
+    crew: Crew
     last: bool
 
     def write(self, finished: Callable[[int, int], None]) -> tuple[int, int]:
         """Queue the whole shard; `finished` is called with size and merged tensors once it is safe on the disk."""
         header, placed = encode_header(self.source, self.form, last=self.last)
         size, merged = len(header) + (placed[-1].end if placed else 0), 0
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(self.target.parent, size)
-        unfinished = self.target.with_name(self.target.name + ".partial")
-        source, target = self.source.path.open("rb"), unfinished.open("wb", buffering=0)
+        target = ShardTarget(self.target, size, self.crew.later)
+        blocks: list[Future[None]] = []
+        source = self.source.path.open("rb")
+
+        def close() -> None:
+            source.close()
+            target.close()
+
+        def finish() -> None:
+            target.finish()
+            source.close()
+            finished(size, merged)
+
         try:
-            self.writer.write(target.fileno(), memoryview(header))
+            target.write(memoryview(header), 0)
             with MappedShard(self.source) as tensors:
                 for old, new in zip(self.source.tensors, placed[: len(self.source.tensors)], strict=True):
                     changed = self.rows.changes(old.name)
                     merged += changed
                     if not changed and self.form.keeps(old):
-                        self._copy(source.fileno(), old, target.fileno())
+                        steps = self._copy(source.fileno(), old, target, len(header) + new.start)
                     else:
-                        self._tensor(tensors, old, new, target.fileno(), changed=changed)
+                        steps = self._tensor(tensors, old, new, target, len(header), changed=changed)
+                    for step, read in steps:
+                        blocks.append(self.crew.block(step))
+                        self.advance(read)
                 for new in placed[len(self.source.tensors) :]:
-                    self._fresh(new, target.fileno())
+                    blocks += [self.crew.block(step) for step in self._fresh(new, target, len(header))]
                     merged += 1
         except BaseException:
-            self.writer.step(source.close)
-            self.writer.step(target.close)
+            wait(blocks)
+            close()
             raise
-
-        def finish() -> None:
-            os.fsync(target.fileno())
-            source.close()
-            target.close()
-            unfinished.replace(self.target)
-            finished(size, merged)
-
-        self.writer.step(lambda: self.syncer.step(finish))
+        self.crew.after(blocks, finish, close)
         return size, merged
 
-    def _copy(self, source: int, tensor: TensorInfo, target: int) -> None:
+    def _copy(self, source: int, tensor: TensorInfo, target: ShardTarget, offset: int) -> Iterator[tuple[Step, int]]:
+        """Yield the parts of a tensor that stays as it is, and their bytes."""
         start, path = self.source.data_start + tensor.start, self.source.path
 
-        def copy() -> None:
+        def copy(at: int, size: int, scratch: Scratch) -> None:
             try:
-                copy_range(source, target, start, tensor.size, lambda size: None)
+                copy_range(source, target.descriptor, start + at, offset + at, size)
             except EOFError as error:
                 raise corrupt_weights(path, str(error)) from error
+            target.wrote(size)
 
-        self.writer.step(copy)
-        self.advance(tensor.size)
+        for at in range(0, tensor.size, COPY_BLOCK):
+            size = min(COPY_BLOCK, tensor.size - at)
+            yield partial(copy, at, size), size
 
-    def _tensor(self, tensors: MappedShard, old: TensorInfo, new: TensorInfo, target: int, *, changed: bool) -> None:
-        """Write one changed or converted tensor in blocks of rows."""
-        if not old.shape:
-            self._block(tensors.rows(old, 0, 1), new, target)
-            self.advance(old.size)
+    def _tensor(
+        self, tensors: MappedShard, old: TensorInfo, new: TensorInfo, target: ShardTarget, begin: int, *, changed: bool
+    ) -> Iterator[tuple[Step, int]]:
+        """Yield the blocks of one changed or converted tensor, and the bytes of the base that each stands for."""
+        if changed and old.shape != new.shape:
+            yield from ((step, 0) for step in self._fresh(new, target, begin))
+            yield lambda scratch: None, old.size
             return
-        if old.shape != new.shape and changed:
-            self._fresh(new, target)
-            self.advance(old.size)
-            return
-        step = rows_at_a_time(old.shape)
-        for start in range(0, old.shape[0], step):
-            base = tensors.rows(old, start, min(old.shape[0], start + step))
-            values = self.rows.rows(old.name, base, start) if changed else base
-            self._block(values, new, target)
-            self.advance(old.size * base.shape[0] // old.shape[0])
+        change = self.rows.rows(old.name) if changed else None
+        count, step = (old.shape[0], rows_at_a_time(old.shape)) if old.shape else (1, 1)
+        row = new.size // max(1, count)
+        for start in range(0, count, step):
+            base = tensors.rows(old, start, min(count, start + step))
+            offset, rows = begin + new.start + start * row, base.shape[0] if old.shape else 1
+            make = partial(change, base, start) if change else partial(_as_it_is, base)
+            yield partial(_write_block, make, new, target, offset), old.size * rows // count
 
-    def _fresh(self, new: TensorInfo, target: int) -> None:
-        """Write a tensor whose shape the base does not have."""
-        step = rows_at_a_time(new.shape)
+    def _fresh(self, new: TensorInfo, target: ShardTarget, begin: int) -> Iterator[Step]:
+        """Yield the blocks of a tensor whose shape the base does not have."""
+        step, row = rows_at_a_time(new.shape), new.size // max(1, new.shape[0])
         for start in range(0, new.shape[0], step):
-            self._block(self.rows.fresh(new.name, start, min(new.shape[0], start + step)), new, target)
+            make = partial(self._values, new.name, start, min(new.shape[0], start + step))
+            yield partial(_write_block, make, new, target, begin + new.start + start * row)
 
-    def _block(self, values: torch.Tensor, new: TensorInfo, target: int) -> None:
-        rounded = values.to(TORCH_DTYPES[new.dtype], copy=True).contiguous()  # values may lie in a reused buffer
-        # Least and greatest tell as much as looking at each value, at a twentieth of the time; both carry a NaN on.
-        if rounded.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(rounded)):
-            raise failed_precondition(
-                "MERGE_NOT_FINITE",
-                f"{new.name} has infinite or undefined values after the merge as {new.dtype}. "
-                "The base or the adapter is broken, or the type is too narrow: try bf16 or fp32.",
-                tensor=new.name,
-                dtype=new.dtype,
-            )
-        self.writer.write(target, rounded.reshape(-1).view(torch.uint8).numpy().data)
+    def _values(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
+        return self.rows.fresh(name, start, stop)
+
+
+def _as_it_is(base: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    return base
+
+
+def _write_block(
+    make: Callable[[Scratch], torch.Tensor], new: TensorInfo, target: ShardTarget, offset: int, scratch: Scratch
+) -> None:
+    values = make(scratch)
+    written = scratch.written(values.shape, TORCH_DTYPES[new.dtype]).copy_(values)
+    if not _finite(written):
+        raise failed_precondition(
+            "MERGE_NOT_FINITE",
+            f"{new.name} has infinite or undefined values after the merge as {new.dtype}. "
+            "The base or the adapter is broken, or the type is too narrow: try bf16 or fp32.",
+            tensor=new.name,
+            dtype=new.dtype,
+        )
+    target.write(written.reshape(-1).view(torch.uint8).numpy().data, offset)
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether all values are finite. A sum carries on what is not, at a fortieth of the cost of looking at each value;
+    only a sum that overflows by itself needs the second look."""
+    if not values.numel() or math.isfinite(float(values.sum())):
+        return True
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 
 
 def rows_at_a_time(shape: tuple[int, ...]) -> int:
@@ -192,16 +217,12 @@ def rows_at_a_time(shape: tuple[int, ...]) -> int:
     return max(_ROWS, rows - rows % _ROWS)
 
 
-@contextmanager
-def _threads() -> Iterator[None]:
-    """Compute with half the processors, at most four: the writer needs some, and threads that wait for each other cost
-    more than they give on blocks of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(_MOST_THREADS, before // 2)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _threads(weights: WeightFiles, form: Form) -> int:
+    """Return how many threads compute: as many as processors, while their buffers stay small beside a wide matrix."""
+    shapes = [form.of(tensor)[1] for _, tensor in weights.tensors()] + list(form.added.values())
+    blocks = (min(shape[0], rows_at_a_time(shape)) * math.prod(shape[1:]) for shape in shapes if shape)
+    each = max(blocks, default=1) * BYTES_PER_ELEMENT
+    return max(1, min(_MOST_THREADS, torch.get_num_threads(), _BUFFERS // max(1, each)))
 
 
 def _write_index(weights: WeightFiles, form: Form, out: Path) -> None:
@@ -218,10 +239,21 @@ def _write_index(weights: WeightFiles, form: Form, out: Path) -> None:
     (out / INDEX_FILE).write_bytes(text)
 
 
-def _require_space(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise disk_full(folder, f"{size} bytes are needed for the next shard, {free} are free")
+class _Done:
+    """Which shards are finished, kept in a file beside them for an attempt that follows a kill."""
+
+    def __init__(self, path: Path, out: Path, fingerprint: str):
+        self._path, self._fingerprint = path, fingerprint
+        self._lock = threading.Lock()
+        self.shards = _load_state(path, out, fingerprint)
+
+    def note(self, name: str, size: int, merged: int) -> None:
+        """Write down that a shard is whole; any thread may."""
+        with self._lock:
+            self.shards[name] = (size, merged)
+            unfinished = self._path.with_name(self._path.name + ".partial")
+            unfinished.write_text(json.dumps({"fingerprint": self._fingerprint, "done": self.shards}))
+            unfinished.replace(self._path)
 
 
 def _load_state(path: Path, out: Path, fingerprint: str) -> dict[str, tuple[int, int]]:
@@ -234,19 +266,6 @@ def _load_state(path: Path, out: Path, fingerprint: str) -> dict[str, tuple[int,
     if state.get("fingerprint") != fingerprint:
         return {}
     return {n: v for n, v in done.items() if (out / n).is_file() and (out / n).stat().st_size == v[0]}
-
-
-def _note_done(
-    path: Path, fingerprint: str, done: dict[str, tuple[int, int]], name: str, size: int, merged: int
-) -> None:
-    done[name] = (size, merged)
-    _save_state(path, fingerprint, done)
-
-
-def _save_state(path: Path, fingerprint: str, done: dict[str, tuple[int, int]]) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps({"fingerprint": fingerprint, "done": done}))
-    unfinished.replace(path)
 
 
 def disk_error(error: OSError, folder: Path) -> LoralineError | OSError:
