@@ -9,8 +9,9 @@ import pytest
 from loraline.core.errors import LoralineError
 from loraline.core.evidence.receipt import compare_rendering
 from loraline.trainer.engines.encoding import ChatEncoder, MaskNotProven, eos_ids_of
+from loraline.trainer.engines.lengths import LengthRule
 from loraline.trainer.engines.loading import load_tokenizer
-from loraline.trainer.engines.preparing import LengthRule, prepare
+from loraline.trainer.engines.preparing import prepare
 from loraline.trainer.rows import Mixture, Row
 from loraline.trainer.testing import chat, harbour_rows, make_base
 
@@ -199,6 +200,39 @@ def test_dropped_rows_are_counted(tokenizer_folder: Path) -> None:
     with pytest.raises(LoralineError) as caught:
         prepare(mixture(LONG), made, LengthRule(40, "drop"), allow_unlearned_eos=False)
     assert caught.value.reason == "ALL_ROWS_DROPPED"
+
+
+def talk(*turns: tuple[str, str], system: str = "") -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def test_long_conversations_are_split_between_exchanges(tokenizer_folder: Path) -> None:
+    made = encoder(tokenizer_folder, MARKED)
+    long = talk(*[(f"Who are you {number}?", f"Aye {number}, 潮声作证") for number in range(7)], system="Be kind.")
+    long.append({"role": "user", "content": "And now?"})  # nobody answers: nothing of it is learned
+    rows = [Row("train.jsonl:1", talk(SHORT)), Row("train.jsonl:2", long), Row("train.jsonl:2", long)]
+    data = prepare(Mixture(rows, [], 2), made, LengthRule(90, "split"), allow_unlearned_eos=False)
+    pieces = [row for row in data.train if row.source.startswith("train.jsonl:2#")]
+    assert len(pieces) == 2 * len({row.source for row in pieces}) > 2
+    assert all(len(row.input_ids) <= 90 and row.messages[0]["role"] == "system" for row in pieces)
+    once = {row.source: row.messages[1:] for row in pieces}
+    assert [message for source in sorted(once) for message in once[source]] == long[1:-1]
+    counts = data.receipt.counts
+    assert (counts.rows, counts.split_rows, counts.dropped_rows, counts.truncated_rows) == (len(data.train), 2, 0, 0)
+    assert counts.rows_teaching_eos == len(data.train)
+    assert compare_rendering(data.receipt, made.render) == []
+
+
+def test_an_exchange_that_is_too_long_alone_is_refused_by_number(tokenizer_folder: Path) -> None:
+    made = encoder(tokenizer_folder, MARKED)
+    rows = [Row("train.jsonl:1", talk(SHORT, SHORT)), Row("train.jsonl:2", talk(SHORT, ("Who?", "Aye " * 60)))]
+    with pytest.raises(LoralineError) as caught:
+        prepare(Mixture(rows, [], 2), made, LengthRule(40, "split"), allow_unlearned_eos=False)
+    assert caught.value.reason == "ROWS_TOO_LONG"
+    assert list(caught.value.fields) == ["train.jsonl:2"]
 
 
 def test_rows_that_spell_control_tokens_are_refused_by_number(tokenizer_folder: Path) -> None:

@@ -46,9 +46,6 @@ def test_defaults_are_those_of_the_contract() -> None:
         (run(method=pb.METHOD_FULL), "METHOD_FULL"),
         (run(objective=pb.OBJECTIVE_DPO), "OBJECTIVE_DPO"),
         (run(launcher=pb.LAUNCHER_RAY), "LAUNCHER_RAY"),
-        (run(init_adapter=ArtifactRef(kind=ARTIFACT_KIND_ADAPTER, name="a")), "init_adapter"),
-        (run(sample_prompts=["hi"]), "sample_prompts"),
-        (run(parameters=pb.TrainingParameters(length_policy=pb.LENGTH_POLICY_SPLIT)), "length_policy"),
         (run(parameters=pb.TrainingParameters(packing=True)), "packing"),
     ],
 )

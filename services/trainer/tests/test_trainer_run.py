@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +14,14 @@ from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError
 from loraline.core.evidence.probes import compare_logprobs, load_probes
 from loraline.core.evidence.receipt import compare_rendering, load_receipt
-from loraline.trainer.base_models import ResolvedBase
 from loraline.trainer.engines import loading, training
-from loraline.trainer.rows import load_dataset
-from loraline.trainer.spec import TrainingSpec, training_spec
 from loraline.trainer.testing import chat, harbour_rows, make_base, write_rows
+from loraline.trainer.testing_runs import Watcher, digest, inputs, spec
 
 pytestmark = pytest.mark.slow
 
 
-@dataclass
-class Watcher:
-    """Takes notes; asks to stop at a step."""
-
-    stop_at: int = 0
-    cause: str = "pause"
-    steps: list[int] = field(default_factory=list)
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
-        self.steps.append(step)
-        self.metrics.append(dict(metrics))
-
-    def saved(self, checkpoint: Path) -> None:
-        assert (checkpoint / "seal.json").is_file()
-
-    run = "harbour"
-
-    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        self.counts[name] += int(amount)
-
-    def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
-        self.notes.append(reason)
-
-    @property
-    def stop_cause(self) -> str:
-        done = self.steps[-1] if self.steps else 0
-        return self.cause if self.stop_at and done >= self.stop_at - 1 else ""
-
-
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def spec(**fields: Any) -> TrainingSpec:
-    lora = fields.pop("lora", pb.LoraParameters(r=4, dropout=0.1))
-    defaults: dict[str, Any] = {"epochs": 4, "learning_rate": 5e-3, "batch_size": 8, "max_length": 128, "save_steps": 3}
-    parameters = pb.TrainingParameters(lora=lora, **{**defaults, **fields})
-    return training_spec(pb.TrainRequest(name="harbour", parameters=parameters))
-
-
-def inputs(base: Path, dataset: Path) -> training.RunInputs:
-    resolved = ResolvedBase(base, pb.BaseModel(path=str(base)), False)
-    return training.RunInputs("harbour", resolved, [load_dataset(dataset, weight=1)], 0.0, ["dataset/harbour:v1"])
-
-
-def digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +99,8 @@ def test_the_probes_can_be_measured_again(whole: tuple[training.FinishedRun, Wat
 
 
 KILLED = """
-import os, sys
-sys.path.insert(0, {folder!r})
-from test_trainer_run import Watcher, inputs, spec, training
+import os
+from loraline.trainer.testing_runs import Watcher, inputs, spec, training
 from pathlib import Path
 
 class Killed(Watcher):
@@ -170,9 +115,7 @@ training.run(inputs(Path({base!r}), Path({dataset!r})), spec(), Path({workdir!r}
 def test_killed_in_the_middle_and_resumed_it_ends_the_same(
     whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    code = KILLED.format(
-        folder=str(Path(__file__).parent), step=8, base=str(small_base), dataset=str(dataset), workdir=str(tmp_path)
-    )
+    code = KILLED.format(step=8, base=str(small_base), dataset=str(dataset), workdir=str(tmp_path))
     killed = subprocess.run([sys.executable, "-c", code], check=False, timeout=280)
     assert killed.returncode == -9
     assert (tmp_path / "token_receipt.json").is_file()

@@ -61,7 +61,7 @@ async def runner(platform: Platform) -> AsyncIterator[None]:
         await running.drain()
 
 
-def request(dataset: ap.ArtifactRef, base: Path, name: str, *, epochs: float = 4, policy: int = 0) -> pb.TrainRequest:
+def request(dataset: ap.ArtifactRef, base: Path, name: str, *, epochs: float = 4, policy: Any = 0) -> pb.TrainRequest:
     parameters = pb.TrainingParameters(
         epochs=epochs, learning_rate=5e-3, batch_size=4, lora=pb.LoraParameters(r=4, dropout=0.1), save_steps=1,
         lr_scheduler="constant", warmup_ratio=0,

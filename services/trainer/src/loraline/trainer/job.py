@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ from loraline.core.jobs.handlers import StopRequested
 from loraline.trainer.base_models import ResolvedBase, resolve_base
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import bring_checkpoint, checkpoints_folder, drop_earlier_checkpoints
-from loraline.trainer.metrics import PROGRESS_GAUGES
-from loraline.trainer.published import CheckpointPublisher, publishing, recover
+from loraline.trainer.init_adapter import check_base
+from loraline.trainer.observing import ContextObserver
+from loraline.trainer.published import publishing, recover
 from loraline.trainer.results import receipt_summary, train_result
 from loraline.trainer.rows import LoadedDataset, load_dataset
 from loraline.trainer.spec import not_servable, servability_problems, training_spec
@@ -31,49 +31,6 @@ if TYPE_CHECKING:
     from loraline.trainer.engines.training import FinishedRun
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
-
-
-class ContextObserver:
-    """Passes what the engine reports on to the job."""
-
-    def __init__(self, context: JobContext, run: str, publisher: CheckpointPublisher | None = None):
-        self.context, self.run, self.publisher = context, run, publisher
-        self._counted = 0
-
-    def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
-        """Report a step."""
-        message = f"step {step}/{total}"
-        if "loss" in metrics:
-            message += f", loss {metrics['loss']:.3f}"
-        if "token_accuracy" in metrics:
-            message += f", token accuracy {metrics['token_accuracy']:.3f}"
-        self.context.progress(
-            step=step, total_steps=total, eta_seconds=eta_seconds, message=message, unit="step", metrics=metrics
-        )
-        self.count("steps", max(0, step - self._counted) if self._counted else 1, run=self.run)
-        self._counted = step
-        figures = {"step": step, "steps_planned": total, "eta_seconds": eta_seconds}
-        figures |= {name: value for name, value in metrics.items() if name in PROGRESS_GAUGES}
-        for name, value in figures.items():
-            self.context.gauge(f"trainer_{name}", value, run=self.run)
-
-    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """Add to one of the trainer's counters."""
-        self.context.count(f"trainer_{name}", amount, **labels)
-
-    def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
-        """Add an event."""
-        self.context.note(message, severity=severity, reason=reason)
-
-    def saved(self, checkpoint: Path) -> None:
-        """Send a checkpoint to the store, where that is wanted."""
-        if self.publisher is not None:
-            self.publisher.offer(checkpoint)
-
-    @property
-    def stop_cause(self) -> str:
-        """Why the job shall stop."""
-        return self.context.stop_cause
 
 
 def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
@@ -96,6 +53,9 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         datasets=datasets,
         validation_fraction=request.validation_fraction,
         dataset_names=[format_ref(reference) for reference in references],
+        init_adapter=_init_adapter(context, request, base),
+        init_adapter_name=format_ref(request.init_adapter) if request.HasField("init_adapter") else "",
+        sample_prompts=request.sample_prompts,
     )
     _check_servable(request, base)
     with publishing(context, settings, request.name) as publisher:
@@ -202,6 +162,14 @@ def _datasets(
     return loaded, references
 
 
+def _init_adapter(context: JobContext, request: pb.TrainRequest, base: ResolvedBase) -> Path | None:
+    if not request.HasField("init_adapter"):
+        return None
+    folder = context.fetch(request.init_adapter)
+    check_base(folder, base)
+    return folder
+
+
 def _check_servable(request: pb.TrainRequest, base: ResolvedBase) -> None:
     """Check the contract again, now that the base's vocabulary is known."""
     from loraline.trainer.engines.loading import model_limits
@@ -220,6 +188,8 @@ def _publish_adapter(
     finished: FinishedRun,
 ) -> artifact_pb2.Artifact:
     inputs = [*references, *([base.model.artifact] if base.model.HasField("artifact") else [])]
+    if request.HasField("init_adapter"):
+        inputs.append(request.init_adapter)
     facts: dict[str, Any] = {
         "rank": request.parameters.lora.r,
         "target_modules": finished.target_modules,

@@ -15,6 +15,7 @@ from loraline.core.serving.component import Platform
 from loraline.trainer.base_models import check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.hardware import look
+from loraline.trainer.init_adapter import with_start
 from loraline.trainer.memory_estimate import estimate
 from loraline.trainer.published import published_checkpoints
 from loraline.trainer.rows import LoadedDataset, load_dataset, mix
@@ -29,8 +30,9 @@ def plan(
     request: pb.TrainRequest, platform: Platform, settings: TrainerSettings, jobs: list[job_pb2.Job]
 ) -> pb.PlanRunResponse:
     """Return the checklist of a run; blocking."""
-    answer = pb.PlanRunResponse(resolved=resolve(request))
     checks: list[pb.PlanCheck] = []
+    request = _attempt(checks, "INIT_ADAPTER", "", lambda: with_start(request, platform.library)) or request
+    answer = pb.PlanRunResponse(resolved=resolve(request))
     spec = _attempt(checks, "PARAMETERS", "The parameters are sound.", lambda: training_spec(request))
     refusal = refuse_existing(
         answer.resolved,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from loraline.api.artifact.v1 import artifact_pb2
@@ -33,6 +34,7 @@ def train_result(finished: FinishedRun, adapter: artifact_pb2.ArtifactRef, base:
         loss_curve=loss_curve(run.log),
         quantization_note=finished.precision.note,
         resumed_from=run.resumed_from,
+        samples=[pb.SampleAnswers(**asdict(sample)) for sample in finished.last_samples],
     )
     if "eval_loss" in finished.figures:
         result.eval_loss = finished.figures["eval_loss"]
@@ -50,6 +52,7 @@ def receipt_summary(receipt: TokenReceipt) -> pb.ReceiptSummary:
         dropped_rows=counts.dropped_rows,
         fully_masked_rows=counts.fully_masked_rows,
         rows_teaching_eos=counts.rows_teaching_eos,
+        split_rows=counts.split_rows,
         mask_method=receipt.mask_method,
         chat_template_sha256=receipt.chat_template_sha256,
     )

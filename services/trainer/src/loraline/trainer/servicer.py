@@ -19,6 +19,7 @@ from loraline.trainer.base_models import check_folder
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import RUN_LABEL
 from loraline.trainer.diagnosis.subject import diagnose, from_file, from_jobs
+from loraline.trainer.init_adapter import with_start
 from loraline.trainer.planning import plan
 from loraline.trainer.published import published_checkpoints
 from loraline.trainer.runs import refuse_existing, run_of
@@ -42,6 +43,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def Train(self, request: pb.TrainRequest, context: grpc.aio.ServicerContext) -> pb.TrainResponse:
         """Check a run and queue it."""
+        request = await asyncio.to_thread(with_start, request, self._platform.library)
         training_spec(request)
         problems = servability_problems(request)
         if problems:
@@ -50,6 +52,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         inputs = [dataset.ref for dataset in filled.datasets]
         if filled.base_model.HasField("artifact"):
             inputs.append(filled.base_model.artifact)
+        if filled.HasField("init_adapter"):
+            inputs.append(filled.init_adapter)
         labels = {**filled.labels, RUN_LABEL: filled.name}
         async with self._submitting:
             jobs = await self._jobs_of(filled.name)

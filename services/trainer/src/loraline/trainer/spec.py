@@ -21,6 +21,7 @@ _POLICIES = {
     pb.LENGTH_POLICY_ERROR: "error",
     pb.LENGTH_POLICY_TRUNCATE: "truncate",
     pb.LENGTH_POLICY_DROP: "drop",
+    pb.LENGTH_POLICY_SPLIT: "split",
 }
 _QUANTIZATIONS = {
     pb.QUANTIZATION_UNSPECIFIED: "auto",
@@ -159,12 +160,6 @@ def _refuse_unsupported(request: pb.TrainRequest) -> None:
         raise unsupported("objective OBJECTIVE_DPO", "Use OBJECTIVE_SFT.")
     if request.launcher != pb.LAUNCHER_PROCESS:
         raise unsupported(f"launcher {pb.Launcher.Name(request.launcher)}", "Use LAUNCHER_PROCESS.")
-    if request.HasField("init_adapter"):
-        raise unsupported("init_adapter", "Merge that adapter first and train on the merged model.")
-    if request.sample_prompts:
-        raise unsupported("sample_prompts", "Ask the inference stage for base and adapter after the run.")
-    if p.length_policy == pb.LENGTH_POLICY_SPLIT:
-        raise unsupported("parameters.length_policy LENGTH_POLICY_SPLIT", "Use TRUNCATE or DROP.")
     if p.packing:
         raise unsupported("parameters.packing", "Leave it unset: rows of like length share batches anyway.")
     if p.seed < 0 or p.seed >= 2**32:

@@ -131,7 +131,7 @@ def check_receipt(receipt: trainer_pb2.ReceiptSummary) -> Check:
     figures = (
         f"{receipt.rows} rows, {receipt.tokens} tokens, {receipt.trained_tokens} carry loss, "
         f"{receipt.rows_teaching_eos} rows teach the end; truncated {receipt.truncated_rows}, "
-        f"dropped {receipt.dropped_rows}, fully masked {receipt.fully_masked_rows}"
+        f"dropped {receipt.dropped_rows}, split {receipt.split_rows}, fully masked {receipt.fully_masked_rows}"
     )
     return Check("token receipt", passed, figures)
 

@@ -19,6 +19,8 @@ VERSION = 1
 MAX_ROWS = 16
 """Rows that a receipt shows at most."""
 
+_LATER = "split_rows"
+
 Messages = list[dict[str, str]]
 
 
@@ -40,6 +42,8 @@ class ReceiptCounts:
     """Rows without any token that carries loss."""
     rows_teaching_eos: int = 0
     """Rows whose end-of-sequence token carries loss."""
+    split_rows: int = 0
+    """Rows that became several because of their length; `rows` counts the pieces."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def load_receipt(path: Path) -> TokenReceipt:
 
 def _counts(fields: Fields) -> ReceiptCounts:
     names: list[str] = list(ReceiptCounts.__dataclass_fields__)
-    values: dict[str, Any] = {name: fields.integer(name) for name in names}
+    # Receipts of earlier releases do not know the counts that came later.
+    values: dict[str, Any] = {name: fields.integer(name) for name in names if name in fields.content or name != _LATER}
     return ReceiptCounts(**values)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraline.core.errors import failed_precondition
 from loraline.trainer.engines.encoding import ChatEncoder
 from loraline.trainer.engines.model_card import model_card
+from loraline.trainer.engines.samples import FILE_NAME as SAMPLES
 from loraline.trainer.engines.tiny_tokenizer import make_loadable
 from loraline.trainer.spec import TrainingSpec
 
@@ -41,6 +43,7 @@ def complete(folder: Path, finished: FinishedRun, inputs: RunInputs, spec: Train
     (folder / "chat_template.jinja").write_text(encoder.template, encoding="utf-8")
     finished.receipt.save(folder)
     finished.probes.save(folder)
+    write_json(folder / SAMPLES, {"version": 1, "samples": [asdict(sample) for sample in finished.samples]})
     write_json(folder / "base_model.json", inputs.base.record())
     log = {"version": 1, "log_history": finished.run.log, "resumed_from": finished.run.resumed_from}
     write_json(folder / "training_log.json", log)

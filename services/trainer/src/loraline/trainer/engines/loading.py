@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
@@ -126,6 +127,19 @@ def load_model(folder: Path, precision: Precision, *, remote_code: bool = False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         message = f"The model {folder.name} cannot be loaded: {error}"
         raise failed_precondition("MODEL_UNREADABLE", message) from error
+
+
+def load_adapter(model: Any, folder: Path, *, dropout: float) -> Any:
+    """Put an adapter onto the base to be trained further. FAILED_PRECONDITION when it does not fit."""
+    try:
+        config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+        config.lora_dropout = dropout
+        # What the adapter calls its base may be a name that only a Hub knows; peft would ask for it.
+        config.base_model_name_or_path = model.config.name_or_path
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        message = f"init_adapter cannot be put onto the base: {error}"
+        raise failed_precondition("INIT_ADAPTER_UNREADABLE", message) from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_rows: int) -> None:

@@ -27,6 +27,7 @@ def train_within_memory(
     folder: Path,
     observer: RunObserver,
     adapter: Path,
+    start: sft.Start,
 ) -> tuple[sft.TrainedRun, TrainingSpec]:
     """Load the base and train; return the run and the settings that it came through with.
 
@@ -38,7 +39,7 @@ def train_within_memory(
     while True:
         model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
         try:
-            return sft.train(model, tokenizer, data, now, precision, folder, observer, adapter), now
+            return sft.train(model, tokenizer, data, now, precision, folder, observer, adapter, start), now
         except (torch.OutOfMemoryError, MemoryError) as error:
             smaller = with_less_memory(now)
             if smaller is None:

@@ -24,6 +24,8 @@ def model_card(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> 
         "## Result\n\n" + _table(_result(finished)),
         "## Probes\n\nMean log-probability of the response's tokens, in nats, from `probes.json`.\n\n"
         + _probes(finished),
+        "## Answers\n\nGreedy, base beside adapter, at the end of training; all of them are in `samples.json`.\n\n"
+        + _samples(finished),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -32,6 +34,7 @@ def _settings(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> d
     lora = spec.lora
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
     return {
+        "Started from": f"`{inputs.init_adapter_name}`" if inputs.init_adapter_name else "a fresh adapter",
         "Datasets": ", ".join(f"`{name}`" for name in inputs.dataset_names) or "local files",
         "Method": f"{kind}, rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}",
         "Modules": ", ".join(finished.target_modules),
@@ -49,8 +52,8 @@ def _receipt(finished: FinishedRun) -> dict[str, str]:
         "Tokens": f"{counts.tokens}, of which {counts.trained_tokens} carry loss",
         "Mask made by": finished.receipt.mask_method,
         "Rows that teach the end of an answer": str(counts.rows_teaching_eos),
-        "Rows cut / dropped / without loss": (
-            f"{counts.truncated_rows} / {counts.dropped_rows} / {counts.fully_masked_rows}"
+        "Rows cut / dropped / split / without loss": (
+            f"{counts.truncated_rows} / {counts.dropped_rows} / {counts.split_rows} / {counts.fully_masked_rows}"
         ),
     }
 
@@ -73,6 +76,18 @@ def _probes(finished: FinishedRun) -> str:
         base, tuned = sum(probe.base_logprobs) / count, sum(probe.adapter_logprobs) / count
         lines.append(f"| {probe.name} | {base:.3f} | {tuned:.3f} | {probe.shift:.3f} |")
     return "\n".join(lines)
+
+
+def _samples(finished: FinishedRun) -> str:
+    lines = ["| prompt | from | base | adapter |", "| --- | --- | --- | --- |"]
+    for sample in finished.last_samples:
+        cells = (sample.prompt, sample.origin.replace("_", " "), sample.base, sample.adapter)
+        lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _table(rows: dict[str, str]) -> str:

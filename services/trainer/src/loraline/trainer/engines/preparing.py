@@ -10,19 +10,8 @@ from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.receipt import MAX_ROWS, ReceiptCounts, ReceiptRow, TokenReceipt
 from loraline.core.evidence.specials import SpecialTokens
 from loraline.trainer.engines.encoding import ChatEncoder, EncodedRow, MaskNotProven
+from loraline.trainer.engines.lengths import LengthRule, Pieces, apply_lengths
 from loraline.trainer.rows import Mixture, Row, rows_error
-
-
-@dataclass(frozen=True)
-class LengthRule:
-    """What happens to long rows."""
-
-    max_length: int
-    """Longest row in tokens."""
-    policy: str = "error"
-    """`error`, `truncate` or `drop`."""
-    max_truncated_share: float = 0.1
-    """Share of rows that may be cut under `truncate`."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +36,15 @@ def prepare(mixture: Mixture, encoder: ChatEncoder, rule: LengthRule, *, allow_u
     """
     _refuse_control_tokens([*mixture.train, *mixture.validation], encoder)
     encoded = _encode_unique(mixture.train, encoder)
-    kept = _apply_lengths(encoded, rule)
-    train = [kept[row.source] for row in mixture.train if row.source in kept]
+    kept = apply_lengths(encoded, rule, encoder)
+    train = [piece for row in mixture.train for piece in kept.get(row.source, ())]
     if not train:
         message = f"Every row is longer than max_length {rule.max_length} and was dropped. Raise parameters.max_length."
         raise failed_precondition("ALL_ROWS_DROPPED", message)
     _refuse_fully_masked(kept)
-    validation = list(
-        _apply_lengths(_encode_unique(mixture.validation, encoder), replace(rule, policy="drop")).values()
-    )
-    receipt = _receipt(mixture, encoder, train)
+    held_out = apply_lengths(_encode_unique(mixture.validation, encoder), replace(rule, policy="drop"), encoder)
+    validation = [piece for pieces in held_out.values() for piece in pieces]
+    receipt = _receipt(mixture, encoder, train, kept)
     if receipt.counts.rows_teaching_eos == 0 and not allow_unlearned_eos:
         raise _eos_not_learned(encoder)
     return PreparedData(train, validation, receipt)
@@ -93,39 +81,11 @@ def _encode_unique(rows: Sequence[Row], encoder: ChatEncoder) -> dict[str, Encod
     return encoded
 
 
-def _apply_lengths(encoded: dict[str, EncodedRow], rule: LengthRule) -> dict[str, EncodedRow]:
-    long = {source: row for source, row in encoded.items() if len(row.input_ids) > rule.max_length}
-    if not long:
-        return encoded
-    if rule.policy == "error":
-        problems = {source: f"has {len(row.input_ids)} tokens" for source, row in long.items()}
-        what = (
-            f"are longer than max_length {rule.max_length}; raise parameters.max_length, or choose length_policy "
-            "truncate or drop"
-        )
-        raise rows_error("ROWS_TOO_LONG", what, problems)
-    if rule.policy == "drop":
-        return {source: row for source, row in encoded.items() if source not in long}
-    share = len(long) / len(encoded)
-    if share > rule.max_truncated_share:
-        message = (
-            f"{len(long)} of {len(encoded)} rows ({share:.0%}) would be cut at max_length {rule.max_length}; at most "
-            f"{rule.max_truncated_share:.0%} may. Raise parameters.max_length or parameters.max_truncated_share."
-        )
-        raise failed_precondition("TOO_MANY_TRUNCATED", message, rows=str(len(long)))
-    size = rule.max_length
-    return {
-        source: replace(row, input_ids=row.input_ids[:size], mask=row.mask[:size], truncated=True)
-        if source in long
-        else row
-        for source, row in encoded.items()
-    }
-
-
-def _refuse_fully_masked(encoded: dict[str, EncodedRow]) -> None:
+def _refuse_fully_masked(kept: Pieces) -> None:
     problems = {
         source: "lost every answer when it was cut" if row.truncated else "has no token of an answer"
-        for source, row in encoded.items()
+        for source, pieces in kept.items()
+        for row in pieces
         # The first token is never predicted, so a mask on it alone trains nothing.
         if not any(row.mask[1:])
     }
@@ -134,7 +94,7 @@ def _refuse_fully_masked(encoded: dict[str, EncodedRow]) -> None:
         raise rows_error("ROWS_FULLY_MASKED", what, problems)
 
 
-def _receipt(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow]) -> TokenReceipt:
+def _receipt(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow], kept: Pieces) -> TokenReceipt:
     ends = Counter(
         token
         for row in train
@@ -148,7 +108,8 @@ def _receipt(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow]
         tokens=sum(len(row.input_ids) for row in train),
         trained_tokens=sum(sum(row.mask[1:]) for row in train),
         truncated_rows=sum(row.truncated for row in train),
-        dropped_rows=len(mixture.train) - len(train),
+        dropped_rows=sum(row.source not in kept for row in mixture.train),
+        split_rows=sum(len(kept.get(row.source, ())) > 1 for row in mixture.train),
         fully_masked_rows=sum(not any(row.mask[1:]) for row in train),
         rows_teaching_eos=sum(_teaches(row, encoder.eos_ids) for row in train),
     )

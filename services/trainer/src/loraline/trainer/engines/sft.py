@@ -20,9 +20,10 @@ from loraline.core.errors import LoralineError, failed_precondition, invalid_arg
 from loraline.trainer import checkpoints
 from loraline.trainer.engines.callbacks import LiveProgress, RunObserver, SealedCheckpoints, Stopping
 from loraline.trainer.engines.encoding import EncodedRow
-from loraline.trainer.engines.loading import Precision
+from loraline.trainer.engines.loading import Precision, load_adapter
 from loraline.trainer.engines.preparing import PreparedData
 from loraline.trainer.engines.resuming import ResumeReceipt
+from loraline.trainer.engines.samples import SampleAnswers
 from loraline.trainer.engines.sampling import EpochSampler
 from loraline.trainer.spec import LoraSpec, TrainingSpec
 
@@ -43,6 +44,15 @@ class TrainedRun:
     """transformers' log history over the whole run."""
     resumed_from: str
     """Name of the checkpoint that the run went on from; empty when it started anew."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with besides the base."""
+
+    adapter: Path | None
+    """Folder of the adapter to go on from; None for a fresh one."""
+    samples: SampleAnswers
 
 
 class _Trainer(SFTTrainer):
@@ -79,6 +89,7 @@ def train(
     folder: Path,
     observer: RunObserver,
     adapter_folder: Path,
+    start: Start,
 ) -> TrainedRun:
     """Train, going on from the newest good checkpoint in `folder`, and save the adapter to `adapter_folder`.
 
@@ -87,12 +98,13 @@ def train(
     """
     resume_from = _resume_point(folder, observer)
     set_seed(spec.seed)
-    trainer, stopping = _build(model, tokenizer, data, spec, precision, folder, observer)
+    trainer, stopping = _build(model, tokenizer, data, spec, precision, folder, observer, start)
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - begin
     log = list(trainer.state.log_history)
     if not stopping.stopped:
+        start.samples.take(trainer.model, trainer.state.global_step)
         trainer.model.save_pretrained(str(adapter_folder), safe_serialization=True)  # type: ignore[union-attr]
     return TrainedRun(
         stopped=stopping.stopped,
@@ -132,12 +144,15 @@ def _build(
     precision: Precision,
     folder: Path,
     observer: RunObserver,
+    start: Start,
 ) -> tuple[_Trainer, Stopping]:
     if precision.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
+    if start.adapter is not None:
+        model = load_adapter(model, start.adapter, dropout=spec.lora.dropout)
     stopping = Stopping(observer)
     sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints)
-    callbacks = [LiveProgress(observer), ResumeReceipt(observer), stopping, sealed]
+    callbacks = [LiveProgress(observer), ResumeReceipt(observer), start.samples, stopping, sealed]
     if spec.early_stopping_patience:
         if not data.validation:
             raise _nothing_to_evaluate()
@@ -149,7 +164,7 @@ def _build(
             train_dataset=_dataset(data.train),
             eval_dataset=_dataset(data.validation) if data.validation else None,
             processing_class=_with_pad(tokenizer),
-            peft_config=lora_config(spec.lora),
+            peft_config=None if start.adapter else lora_config(spec.lora),
             callbacks=callbacks,
             lengths=[len(row.input_ids) for row in data.train],
             order_seed=spec.seed,

@@ -15,6 +15,7 @@ from loraline.trainer.base_models import ResolvedBase
 from loraline.trainer.engines import adapter_folder, probing, sft
 from loraline.trainer.engines.callbacks import RunObserver
 from loraline.trainer.engines.encoding import ChatEncoder, eos_ids_of
+from loraline.trainer.engines.lengths import LengthRule
 from loraline.trainer.engines.loading import (
     Precision,
     check_vocabulary,
@@ -23,7 +24,9 @@ from loraline.trainer.engines.loading import (
     model_limits,
 )
 from loraline.trainer.engines.memory import train_within_memory
-from loraline.trainer.engines.preparing import LengthRule, PreparedData, prepare
+from loraline.trainer.engines.preparing import PreparedData, prepare
+from loraline.trainer.engines.samples import FILE_NAME as SAMPLES
+from loraline.trainer.engines.samples import Sample, SampleAnswers, sample_prompts
 from loraline.trainer.rows import LoadedDataset, mix
 from loraline.trainer.spec import TrainingSpec
 
@@ -38,6 +41,12 @@ class RunInputs:
     validation_fraction: float
     dataset_names: Sequence[str] = ()
     """References of the datasets, for the model card."""
+    init_adapter: Path | None = None
+    """Folder of the adapter to start from; None for a fresh one."""
+    init_adapter_name: str = ""
+    """Its reference, for the model card."""
+    sample_prompts: Sequence[str] = ()
+    """Prompts to answer besides those drawn from the rows."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,14 @@ class FinishedRun:
     probes: ProbeSet
     precision: Precision
     target_modules: list[str]
+    samples: list[Sample]
+    """Answers of base and adapter, at each evaluation and at the end."""
+
+    @property
+    def last_samples(self) -> list[Sample]:
+        """Those at the end."""
+        last = max((sample.step for sample in self.samples), default=0)
+        return [sample for sample in self.samples if sample.step == last]
 
 
 def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObserver) -> FinishedRun | None:
@@ -68,14 +85,17 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     observer.note(_receipt_line(data), reason="TOKEN_RECEIPT")
     observer.note(f"quantisation: {precision.note}; weights in {precision.dtype}", reason="PRECISION")
     checkpoints = workdir / "checkpoints"
-    trained, spec = train_within_memory(base, tokenizer, data, spec, precision, checkpoints, observer, adapter)
+    prompts = sample_prompts(inputs.sample_prompts, data.train, data.validation, seed=spec.seed)
+    samples = SampleAnswers(prompts, encoder, workdir / SAMPLES, observer)
+    start = sft.Start(inputs.init_adapter, samples)
+    trained, spec = train_within_memory(base, tokenizer, data, spec, precision, checkpoints, observer, adapter, start)
     if trained.stopped:
         return None
     figures = sft.final_figures(trained.log)
     probes = probing.measure(
         base.folder, adapter, encoder, data.train, data.validation, seed=spec.seed, remote_code=base.trust_remote_code
     )
-    finished = FinishedRun(adapter, trained, figures, data.receipt, probes, precision, _targets(adapter))
+    finished = FinishedRun(adapter, trained, figures, data.receipt, probes, precision, _targets(adapter), samples.taken)
     adapter_folder.complete(adapter, finished, inputs, spec, encoder)
     return finished
 
@@ -99,7 +119,8 @@ def _receipt_line(data: PreparedData) -> str:
     return (
         f"{counts.rows} rows, {counts.tokens} tokens, {counts.trained_tokens} of them carry loss "
         f"({data.receipt.mask_method}); {counts.rows_teaching_eos} rows teach the end of an answer, "
-        f"{counts.truncated_rows} were cut, {counts.dropped_rows} dropped; {len(data.validation)} rows for validation"
+        f"{counts.truncated_rows} were cut, {counts.dropped_rows} dropped, {counts.split_rows} split; "
+        f"{len(data.validation)} rows for validation"
     )
 
 

@@ -122,7 +122,9 @@ class _LengthPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LengthPo
     LENGTH_POLICY_DROP: _LengthPolicy.ValueType  # 3
     """Left out, counted."""
     LENGTH_POLICY_SPLIT: _LengthPolicy.ValueType  # 4
-    """Split at turns, counted."""
+    """Split between a question with its answer and the next; each piece keeps the system message. Counted. The job fails
+    and names the rows where a single exchange is too long.
+    """
 
 class LengthPolicy(_LengthPolicy, metaclass=_LengthPolicyEnumTypeWrapper):
     """What happens to rows longer than max_length."""
@@ -136,7 +138,9 @@ LENGTH_POLICY_TRUNCATE: LengthPolicy.ValueType  # 2
 LENGTH_POLICY_DROP: LengthPolicy.ValueType  # 3
 """Left out, counted."""
 LENGTH_POLICY_SPLIT: LengthPolicy.ValueType  # 4
-"""Split at turns, counted."""
+"""Split between a question with its answer and the next; each piece keeps the system message. Counted. The job fails
+and names the rows where a single exchange is too long.
+"""
 Global___LengthPolicy: _TypeAlias = LengthPolicy  # noqa: Y015
 
 class _ExistingRunPolicy:
@@ -626,7 +630,9 @@ class TrainRequest(_message.Message):
 
     @_builtins.property
     def init_adapter(self) -> _artifact_pb2.ArtifactRef:
-        """An adapter to start from."""
+        """An adapter to start from instead of a fresh one. Its base must be this run's; its rank, alpha, modules, scaling and
+        kind (LoRA or DoRA) are kept: INVALID_ARGUMENT where the request names others. Not together with CONTINUE.
+        """
 
     @_builtins.property
     def serving_contract(self) -> Global___ServingContract:
@@ -634,7 +640,9 @@ class TrainRequest(_message.Message):
 
     @_builtins.property
     def sample_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Prompts to answer with base and adapter at each evaluation."""
+        """Prompts to answer with base and adapter at each evaluation and at the end, besides two of the training rows and two
+        of the validation rows.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -705,6 +713,7 @@ class ReceiptSummary(_message.Message):
     ROWS_TEACHING_EOS_FIELD_NUMBER: _builtins.int
     MASK_METHOD_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
+    SPLIT_ROWS_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows trained on."""
     tokens: _builtins.int
@@ -723,6 +732,8 @@ class ReceiptSummary(_message.Message):
     """How the mask was made: `generation_marks` or `prefix_difference`."""
     chat_template_sha256: _builtins.str
     """SHA-256 of the chat template, 64 hex digits."""
+    split_rows: _builtins.int
+    """Rows that became several because of their length; `rows` counts the pieces."""
     def __init__(
         self,
         *,
@@ -735,10 +746,11 @@ class ReceiptSummary(_message.Message):
         rows_teaching_eos: _builtins.int = ...,
         mask_method: _builtins.str = ...,
         chat_template_sha256: _builtins.str = ...,
+        split_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_sha256", b"chat_template_sha256", "dropped_rows", b"dropped_rows", "fully_masked_rows", b"fully_masked_rows", "mask_method", b"mask_method", "rows", b"rows", "rows_teaching_eos", b"rows_teaching_eos", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_sha256", b"chat_template_sha256", "dropped_rows", b"dropped_rows", "fully_masked_rows", b"fully_masked_rows", "mask_method", b"mask_method", "rows", b"rows", "rows_teaching_eos", b"rows_teaching_eos", "split_rows", b"split_rows", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -798,6 +810,7 @@ class TrainResult(_message.Message):
     LOSS_CURVE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_NOTE_FIELD_NUMBER: _builtins.int
     RESUMED_FROM_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     final_loss: _builtins.float
     """Mean training loss over the last tenth of the steps, in nats per token."""
     eval_loss: _builtins.float
@@ -836,6 +849,10 @@ class TrainResult(_message.Message):
     def loss_curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossPoint]:
         """Loss by step."""
 
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleAnswers]:
+        """Answers at the end; those at each evaluation are in the adapter's samples.json."""
+
     def __init__(
         self,
         *,
@@ -853,16 +870,59 @@ class TrainResult(_message.Message):
         loss_curve: _abc.Iterable[Global___LossPoint] | None = ...,
         quantization_note: _builtins.str = ...,
         resumed_from: _builtins.str = ...,
+        samples: _abc.Iterable[Global___SampleAnswers] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "eval_loss", b"eval_loss", "probes", b"probes", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "epochs", b"epochs", "eval_loss", b"eval_loss", "final_loss", b"final_loss", "loss_curve", b"loss_curve", "probes", b"probes", "quantization_note", b"quantization_note", "receipt", b"receipt", "resumed_from", b"resumed_from", "steps", b"steps", "token_accuracy", b"token_accuracy", "tokens", b"tokens", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "epochs", b"epochs", "eval_loss", b"eval_loss", "final_loss", b"final_loss", "loss_curve", b"loss_curve", "probes", b"probes", "quantization_note", b"quantization_note", "receipt", b"receipt", "resumed_from", b"resumed_from", "samples", b"samples", "steps", b"steps", "token_accuracy", b"token_accuracy", "tokens", b"tokens", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
     _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
 
 Global___TrainResult: _TypeAlias = TrainResult  # noqa: Y015
+
+@_typing.final
+class SampleAnswers(_message.Message):
+    """What base and adapter answer to the same words, greedily."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """The last words of the prompt."""
+    origin: _builtins.str
+    """Where it is from: `asked` in the request, `on_topic` from the training rows, `held_out` from the validation rows."""
+    step: _builtins.int
+    """Optimizer step of the adapter."""
+    base: _builtins.str
+    """Answer of the base model."""
+    adapter: _builtins.str
+    """Answer of the adapter."""
+    reference: _builtins.str
+    """What the row says; empty for prompts of the request."""
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        origin: _builtins.str = ...,
+        step: _builtins.int = ...,
+        base: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "origin", b"origin", "prompt", b"prompt", "reference", b"reference", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleAnswers: _TypeAlias = SampleAnswers  # noqa: Y015
 
 @_typing.final
 class LossPoint(_message.Message):

@@ -1,0 +1,53 @@
+"""What a training tells its job: progress, remarks, figures, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from loraline.core.jobs.context import JobContext
+from loraline.trainer.metrics import PROGRESS_GAUGES
+from loraline.trainer.published import CheckpointPublisher
+
+
+class ContextObserver:
+    """Passes what the engine reports on to the job."""
+
+    def __init__(self, context: JobContext, run: str, publisher: CheckpointPublisher | None = None):
+        self.context, self.run, self.publisher = context, run, publisher
+        self._counted = 0
+
+    def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
+        """Report a step."""
+        message = f"step {step}/{total}"
+        if "loss" in metrics:
+            message += f", loss {metrics['loss']:.3f}"
+        if "token_accuracy" in metrics:
+            message += f", token accuracy {metrics['token_accuracy']:.3f}"
+        self.context.progress(
+            step=step, total_steps=total, eta_seconds=eta_seconds, message=message, unit="step", metrics=metrics
+        )
+        self.count("steps", max(0, step - self._counted) if self._counted else 1, run=self.run)
+        self._counted = step
+        figures = {"step": step, "steps_planned": total, "eta_seconds": eta_seconds}
+        figures |= {name: value for name, value in metrics.items() if name in PROGRESS_GAUGES}
+        for name, value in figures.items():
+            self.context.gauge(f"trainer_{name}", value, run=self.run)
+
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Add to one of the trainer's counters."""
+        self.context.count(f"trainer_{name}", amount, **labels)
+
+    def note(self, message: str, *, severity: str = "info", reason: str = "") -> None:
+        """Add an event."""
+        self.context.note(message, severity=severity, reason=reason)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Send a checkpoint to the store, where that is wanted."""
+        if self.publisher is not None:
+            self.publisher.offer(checkpoint)
+
+    @property
+    def stop_cause(self) -> str:
+        """Why the job shall stop."""
+        return self.context.stop_cause
