@@ -41,7 +41,7 @@ async def with_loraline(url: str, requests: int, in_flight: int) -> int:
     from loraline.datagen.llms.endpoint import Endpoint
     from loraline.datagen.llms.generate import LlmRun
     from loraline.datagen.llms.intake import Intake
-    from loraline.datagen.llms.ledger import Ledger
+    from loraline.datagen.llms.ledger_file import FileLedger
     from loraline.datagen.llms.prompting import LlmSettings
     from loraline.datagen.llms.recipes import RECIPES
     from loraline.datagen.llms.routes import Pace
@@ -49,7 +49,7 @@ async def with_loraline(url: str, requests: int, in_flight: int) -> int:
     settings = LlmSettings(RECIPES["instruction-response"], requests, 1)
     with tempfile.TemporaryDirectory() as folder:
         intake = Intake(settings, "bench", lambda row: row.to_line())
-        ledger = Ledger(Path(folder) / "ledger.jsonl")
+        ledger = FileLedger(Path(folder) / "ledger.jsonl")
         pace = Pace(in_flight, limits_folder=Path(folder) / "limits")
         await LlmRun(settings, [Endpoint("default", url, "mock", "none")], ledger, intake, 1, None, pace).run()
         ledger.close()

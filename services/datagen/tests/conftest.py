@@ -20,6 +20,7 @@ from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.config import CoreSettings
 from loraline.core.serving.component import Platform
 from loraline.core.serving.server import open_platform, serve
+from loraline.core.testing.fixtures import postgres  # noqa: F401 (a fixture)
 from loraline.datagen.component import build
 
 PERSONA = Path(__file__).parents[3] / "examples" / "persona" / "raw"

@@ -21,7 +21,8 @@ from loraline.datagen.llms.endpoint import all_from_environment, from_environmen
 from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
-from loraline.datagen.llms.ledger import Ledger
+from loraline.datagen.llms.ledger import NoLedger
+from loraline.datagen.llms.ledger_file import FileLedger
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import RECIPES, find_recipe, with_schema
 from loraline.datagen.llms.routes import Pace
@@ -42,7 +43,7 @@ async def ask(
 ) -> tuple[list[Row], Intake]:
     rows: list[Row] = []
     intake = Intake(settings, "asked", rows.append)
-    book = Ledger(ledger)
+    book = FileLedger(ledger) if ledger else NoLedger()
     try:
         await LlmRun(settings, all_from_environment(), book, intake, 1, hooks, pace).run()
     finally:
@@ -151,13 +152,25 @@ async def test_an_error_inside_a_200_counts_as_what_it_is(provider: FakeProvider
     assert len(rows) == 3
 
 
-async def test_candidates_are_bounded(provider: FakeProvider) -> None:
-    provider.default = lambda _: completion(json.dumps(items(0, 3)))
+async def test_candidates_are_bounded_and_resuming_grants_them_again(provider: FakeProvider, tmp_path: Path) -> None:
+    fresh, provider.default = provider.default, lambda _: completion(json.dumps(items(0, 3)))
+    with pytest.raises(JobPaused) as caught:
+        await ask(recipe(6, max_candidates_ratio=2), tmp_path / "ledger.jsonl")
+    assert caught.value.reason == "LLM_CANDIDATES_EXHAUSTED"
+    assert "3 of 6 rows are kept. To ask for 12 candidates more" in caught.value.message
+    assert len(provider.requests) == 4
+    provider.default = fresh
+    rows, intake = await ask(recipe(6, max_candidates_ratio=2), tmp_path / "ledger.jsonl")
+    assert (len(rows), intake.candidates, len(provider.requests)) == (6, 18, 6)
+
+
+async def test_candidates_of_which_nothing_came_are_an_error(provider: FakeProvider) -> None:
+    provider.default = lambda _: completion("No.")
     with pytest.raises(LoralineError) as caught:
         await ask(recipe(6, max_candidates_ratio=2))
     assert caught.value.reason == "LLM_CANDIDATES_EXHAUSTED"
-    assert caught.value.metadata == {"accepted": "3", "candidates": "12"}
-    assert len(provider.requests) == 4
+    assert caught.value.metadata == {"accepted": "0", "candidates": "12"}
+    assert "pays for none of it again" in caught.value.message
 
 
 async def test_final_errors_are_typed(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,7 +214,7 @@ async def test_a_stop_records_the_calls_under_way(provider: FakeProvider, tmp_pa
     hooks = Hooks(stopping=lambda: len(provider.requests) >= 2, check_stop=stop)
     with pytest.raises(StopRequested):
         await ask(recipe(30), tmp_path / "ledger.jsonl", hooks, Pace(concurrency=2, stop_grace_seconds=5))
-    assert len(list(Ledger(tmp_path / "ledger.jsonl").replay())) == len(provider.requests)
+    assert len(list(FileLedger(tmp_path / "ledger.jsonl").replay())) == len(provider.requests)
 
 
 KILLED = """
@@ -210,14 +223,15 @@ from pathlib import Path
 from loraline.datagen.llms.endpoint import all_from_environment
 from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.intake import Intake
-from loraline.datagen.llms.ledger import Ledger
+from loraline.datagen.llms.ledger_file import FileLedger
 from loraline.datagen.llms.prompting import LlmSettings
 from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.llms.routes import Pace
 settings = LlmSettings(RECIPES["instruction-response"], 200, 4)
 intake = Intake(settings, "asked", lambda row: None)
 print("ready", flush=True)
-asyncio.run(LlmRun(settings, all_from_environment(), Ledger(Path({ledger!r})), intake, 1, None, Pace(4, 0.05)).run())
+book = FileLedger(Path({ledger!r}))
+asyncio.run(LlmRun(settings, all_from_environment(), book, intake, 1, None, Pace(4, 0.05)).run())
 """
 
 
@@ -245,7 +259,7 @@ async def test_killed_and_resumed_no_call_is_repeated_and_no_row_lost(provider: 
         file.write(b'{"call": 999, "size": 4, "payl')  # A line torn by a power cut.
     rows, _ = await ask(LlmSettings(RECIPES["instruction-response"], 200, 4), path, pace=Pace(4, 0.05))
     assert len(rows) == 200
-    records = list(Ledger(path).replay())
+    records = list(FileLedger(path).replay())
     calls = [record.call for record in records]
     assert sorted(set(calls)) == sorted(calls)
     asked = len(provider.requests)
@@ -259,7 +273,7 @@ def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"call": 1, "size": 1, "payload": "", "outcome": "answered"}\nrubbish\n')
     with pytest.raises(LoralineError) as caught:
-        list(Ledger(path).replay())
+        list(FileLedger(path).replay())
     assert caught.value.reason == "LEDGER_DAMAGED"
 
 

@@ -17,7 +17,8 @@ from loraline.datagen.llms.endpoint import all_from_environment
 from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
-from loraline.datagen.llms.ledger import CallRecord, Ledger, payload_digest
+from loraline.datagen.llms.ledger import CallRecord, NoLedger, payload_digest
+from loraline.datagen.llms.ledger_file import FileLedger
 from loraline.datagen.llms.prompting import EVOLUTIONS, LlmSettings, Prompter
 from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.llms.request import llm_of
@@ -34,7 +35,7 @@ async def run(
     settings: LlmSettings, ledger: Path | None = None, hooks: Hooks | None = None, **pace: Any
 ) -> tuple[list[Row], Intake]:
     rows: list[Row] = []
-    intake, book = Intake(settings, "asked", rows.append), Ledger(ledger)
+    intake, book = Intake(settings, "asked", rows.append), FileLedger(ledger) if ledger else NoLedger()
     fast = Pace(**{"concurrency": 1, "backoff_seconds": 0.02, "stop_grace_seconds": 5, **pace})
     try:
         await LlmRun(settings, all_from_environment(), book, intake, 1, hooks, fast).run()
@@ -171,7 +172,7 @@ async def test_an_exhausted_quota_pauses_at_once_however_many_calls_are_allowed(
 async def test_an_identical_request_is_answered_from_the_ledger(provider: FakeProvider, tmp_path: Path) -> None:
     settings = LlmSettings(RECIPES["instruction-response"], 3, 3)
     body = Prompter(settings, 1).body("toy", 1, 3, structured=True)
-    book = Ledger(tmp_path / "ledger.jsonl")
+    book = FileLedger(tmp_path / "ledger.jsonl")
     await book.append(CallRecord(0, 3, "00", "set_aside"))
     known = json.dumps(items(0, 3))
     await book.append(CallRecord(-1, 0, payload_digest(body), "answered", known, "stop", "toy", 10, 20))

@@ -19,5 +19,8 @@ class DatagenSettings(BaseSettings):
     """Most calls at a time for an endpoint, model and key, of all jobs of this service together."""
     llm_backoff_seconds: float = Field(default=1.0, gt=0)
     """First pause after an endpoint failed in a way that may pass; it doubles with every further failure."""
+    llm_answers_days: float = Field(default=30.0, ge=0)
+    """How long an answer is given to later jobs that ask the same, from the time it came, while the job that paid for
+    it is not deleted; 0 gives none."""
     probe_timeout_seconds: float = Field(default=15.0, gt=0)
     """How long ProbeEndpoint waits."""

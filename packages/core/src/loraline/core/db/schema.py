@@ -197,3 +197,22 @@ session_messages = Table(
     PrimaryKeyConstraint("session", "sequence"),
     ForeignKeyConstraint(["session"], ["sessions.name"], ondelete="CASCADE"),
 )
+
+# -------------------------------------------------------------------------------------------------------- model calls
+
+llm_calls = Table(
+    "llm_calls",
+    metadata,
+    Column("id", Serial, primary_key=True, autoincrement=True),  # the order in which calls were recorded
+    Column("job", String(128), nullable=False),
+    Column("source", Integer, nullable=False),  # from 1: which of the job's sources
+    Column("plan", String(64), nullable=False),  # digest of what decides the requests; equal ones share answers
+    Column("call", BigInteger, nullable=False),  # number of the call in its plan
+    Column("outcome", String(16), nullable=False),
+    Column("answer_time", Double, nullable=False),  # when the answer came; 0 for none
+    Column("record", LargeBinary, nullable=False),  # the whole call as JSON; its text may hold what TEXT cannot
+    ForeignKeyConstraint(["job"], ["jobs.name"], ondelete="CASCADE"),
+    Index("ix_llm_calls_job_source_id", "job", "source", "id"),
+    Index("ix_llm_calls_plan_call_id", "plan", "call", "id"),
+    sqlite_autoincrement=True,
+)

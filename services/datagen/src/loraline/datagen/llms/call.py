@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from typing import TYPE_CHECKING
 
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.datagen.llms.asking import Answer, ask
 from loraline.datagen.llms.failures import BadRequest, Filtered, Overloaded, QuotaReached, TimedOut, unreachable
-from loraline.datagen.llms.ledger import CallRecord, payload_digest
+from loraline.datagen.llms.ledger import CallRecord, Outcome, payload_digest
 from loraline.datagen.llms.quota import QuotaNotice
 from loraline.datagen.llms.routes import Route
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 TRIES_OF_ONE = 3
 TRIES_WHEN_OVERLOADED = 5
+NOT_ACCEPTED_IN_A_ROW = 3
+"""Requests that an endpoint may find fault with, one after the other, before it is the endpoint that is at fault."""
 
 
 class Refused(Exception):
@@ -64,9 +67,11 @@ class Call:
                 await self._after_failure(error)
             except BadRequest as error:
                 self._told("bad_request")
-                if not structured:
-                    raise self._not_accepted(error) from error
-                self._go_unstructured(error)
+                if structured and not self._route.proved:
+                    self._go_unstructured(error)
+                    continue
+                self._set_aside(error)
+                return await self._run.record(self._unanswered(size, "refused"))
             except Filtered:
                 self._told("filtered")
                 return await self._run.record(self._unanswered(size, "filtered"))
@@ -90,9 +95,8 @@ class Call:
         known = run.ledger.find(self._digest)
         if known is not None:  # Paid for already: neither asked nor counted as tokens again.
             self._told("known")
-            return CallRecord(
-                self._number, size, self._digest, "answered", known.content, known.finish_reason, known.model,
-                endpoint=endpoint.name,
+            return dataclasses.replace(
+                known, call=self._number, size=size, prompt_tokens=0, completion_tokens=0, cost=0.0
             )  # fmt: skip
         begin = time.monotonic()
         try:
@@ -108,7 +112,7 @@ class Call:
         cost = run.budget.note(answer.cost, endpoint)
         return CallRecord(
             self._number, size, self._digest, "answered", answer.content, answer.finish_reason, answer.model,
-            answer.prompt_tokens, answer.completion_tokens, cost, endpoint.name,
+            answer.prompt_tokens, answer.completion_tokens, cost, endpoint.name, run.plan(endpoint), time.time(),
         )  # fmt: skip
 
     def _told(self, result: str, seconds: float = 0.0, answer: Answer | None = None) -> None:
@@ -146,9 +150,8 @@ class Call:
             raise Lost(unreachable(self._route.endpoint, str(error))) from error
         await asyncio.sleep(self._run.pace.backoff_seconds * 2 ** (self._failures - 1))
 
-    def _unanswered(self, size: int, outcome: str) -> CallRecord:
-        kind = "timeout" if outcome == "timeout" else "filtered" if outcome == "filtered" else "set_aside"
-        return CallRecord(self._number, size, self._digest, kind, endpoint=self._route.endpoint.name)
+    def _unanswered(self, size: int, outcome: Outcome) -> CallRecord:
+        return CallRecord(self._number, size, self._digest, outcome, endpoint=self._route.endpoint.name)
 
     def _go_unstructured(self, error: BadRequest) -> None:
         if self._route.structured:
@@ -156,6 +159,17 @@ class Call:
             self._run.hooks.note(
                 "STRUCTURED_OUTPUT_REFUSED", f"The endpoint {self._route.endpoint.name} refuses response_format "
                 f"({error}); going on without it.",
+            )  # fmt: skip
+
+    def _set_aside(self, error: BadRequest) -> None:
+        """Note that this request is not accepted; a LoralineError when none is, not only this one."""
+        self._route.not_accepted += 1
+        if self._route.not_accepted >= NOT_ACCEPTED_IN_A_ROW:
+            raise self._not_accepted(error) from error
+        if self._run.intake.outcomes["refused"] == 0:
+            self._run.hooks.note(
+                "REQUEST_SET_ASIDE", f"The endpoint {self._route.endpoint.name} does not accept one request ({error}); "
+                "it is set aside. Further ones are counted as `refused`.",
             )  # fmt: skip
 
     def _not_accepted(self, error: BadRequest) -> LoralineError:

@@ -39,11 +39,18 @@ class Endpoint:
     api_key: str = field(repr=False)
     prices: tuple[float, float] | None = None
     key_number: int = 1
+    lists_models: bool = True
+    """Whether it is asked for its models before a run."""
 
     @property
     def shown_url(self) -> str:
         """The address without a user and password that it may carry."""
         return re.sub(r"//[^/@]*@", "//", self.base_url)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What gives the same answers: the address and the model, whichever key pays."""
+        return self.shown_url, self.model
 
     @property
     def limit_key(self) -> str:
@@ -66,8 +73,9 @@ def all_from_environment(name: str = "", model: str = "", environ: Mapping[str, 
     """Return the endpoint of that name once for each of its keys.
 
     `LLM_BASE_URL`, `LLM_MODEL`, and `LLM_API_KEY` (several: separated by commas) or `LLM_API_KEY_FILE` (several: one a
-    line); prices in `LLM_PRICE_INPUT` and `LLM_PRICE_OUTPUT`, US dollars for a million tokens. A named endpoint has its
-    name in the variables: `fast` has `LLM_FAST_BASE_URL` and so on. NOT_FOUND when the address is missing.
+    line); prices in `LLM_PRICE_INPUT` and `LLM_PRICE_OUTPUT`, US dollars for a million tokens; `LLM_PROBE=off` for an
+    endpoint that is not to be asked for its models before a run. A named endpoint has its name in the variables: `fast`
+    has `LLM_FAST_BASE_URL` and so on. NOT_FOUND when the address is missing.
     """
     environ = os.environ if environ is None else environ
     prefix = f"LLM_{re.sub('[^A-Z0-9]', '_', name.upper())}_" if name else "LLM_"
@@ -80,9 +88,9 @@ def all_from_environment(name: str = "", model: str = "", environ: Mapping[str, 
             endpoint=name or "default",
         )
     model = model or environ.get(f"{prefix}MODEL", "")
-    prices = _prices(prefix, environ)
+    prices, lists = _prices(prefix, environ), _lists_models(prefix, environ)
     return [
-        Endpoint(name or "default", base_url, model, key, prices, number)
+        Endpoint(name or "default", base_url, model, key, prices, number, lists)
         for number, key in enumerate(_keys(prefix, environ), start=1)
     ]
 
@@ -118,6 +126,13 @@ def _keys(prefix: str, environ: Mapping[str, str]) -> list[str]:
         )  # fmt: skip
     # Many local servers take any key, and the client refuses to start with none.
     return keys or ["none"]
+
+
+def _lists_models(prefix: str, environ: Mapping[str, str]) -> bool:
+    told = environ.get(f"{prefix}PROBE", "").strip().lower()
+    if told not in {"", "on", "off"}:
+        raise failed_precondition("ENDPOINT_PROBE_INVALID", f"{prefix}PROBE is {told!r}; set it to on or off.")
+    return told != "off"
 
 
 def _prices(prefix: str, environ: Mapping[str, str]) -> tuple[float, float] | None:

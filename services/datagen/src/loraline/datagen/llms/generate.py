@@ -6,17 +6,18 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from loraline.core.errors import LoralineError, failed_precondition, unavailable
-from loraline.core.jobs.handlers import JobPaused
+from loraline.core.errors import LoralineError
 from loraline.datagen.llms.batch import BatchSize
 from loraline.datagen.llms.budget import CostBudget
 from loraline.datagen.llms.call import Call, Lost, Refused
+from loraline.datagen.llms.endings import Endings
 from loraline.datagen.llms.endpoint import Endpoint
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
 from loraline.datagen.llms.ledger import CallRecord, Ledger
 from loraline.datagen.llms.policy import QuotaPolicy
 from loraline.datagen.llms.prompting import SHOWN, LlmSettings, Prompter
+from loraline.datagen.llms.reuse import plan_of, reuse_answers
 from loraline.datagen.llms.routes import LOST_FOR_GOOD, Pace, Route, Routes
 from loraline.datagen.llms.texts import TextPlan
 
@@ -37,8 +38,11 @@ class LlmRun:
         self.batch = BatchSize(settings.batch_size)
         self.budget = CostBudget(settings.max_cost_usd)
         self._endpoints, self._seed = endpoints, seed
-        self._policy = QuotaPolicy(settings, self.hooks, self.kept)
-        self._next_call = 0
+        self._endings = Endings(settings, intake, self.hooks)
+        self._policy = QuotaPolicy(settings, self.hooks, self._endings.kept)
+        self._plans = {one.place: plan_of(one, self.prompter.plan, intake.name) for one in endpoints}
+        self.next_call = 0
+        """Number of the next call that nobody has made yet."""
         texts = settings.texts
         self._plan = TextPlan(texts, settings.tries_of_a_text) if texts is not None else None
         self._again: deque[int] = deque()
@@ -51,16 +55,18 @@ class LlmRun:
         self._woken = asyncio.Event()
 
     async def run(self) -> None:
-        """Ask until all rows are accepted; what the ledger holds is not asked again.
+        """Ask until all rows are accepted; what this ledger holds, or another job has paid for, is not asked again.
 
-        JobPaused on a quota or a cost bound, LoralineError when no endpoint can be used or the candidates are used up.
+        JobPaused on a limit, a bound, or an endpoint that fails while there are rows to keep; LoralineError when no
+        endpoint can be used or nothing came of the candidates.
         """
         self._replay()
+        await self._reuse()
         if self.intake.complete:
             return
         routes = Routes(self._endpoints, self.pace, self.hooks, self.settings.timeout_seconds)
         try:
-            await routes.probe()
+            await self._probe(routes)
             await self._ask_all(routes)
         finally:
             await self._finish()
@@ -69,18 +75,38 @@ class LlmRun:
             await asyncio.gather(*self._running, return_exceptions=True)
             await routes.close()
 
+    async def _reuse(self) -> None:
+        taken = await reuse_answers(self)
+        if taken:
+            self.hooks.count("datagen_answers_reused", taken)
+            self.hooks.note(
+                "ANSWERS_REUSED", f"{taken} answers that earlier jobs paid for were taken over; {self._endings.kept()} "
+                "Another seed asks for fresh ones.",
+            )  # fmt: skip
+
+    async def _probe(self, routes: Routes) -> None:
+        try:
+            await routes.probe()
+        except LoralineError as error:
+            raise self._endings.keeping(error) from error
+
+    @property
+    def plans(self) -> list[str]:
+        """The plans of this run, one for each address and model."""
+        return list(self._plans.values())
+
+    def plan(self, endpoint: Endpoint) -> str:
+        """Return the plan of the calls that this endpoint answers."""
+        return self._plans[endpoint.place]
+
     def wake(self) -> None:
         """Let the loop look whether more calls can start."""
         self._woken.set()
 
-    def kept(self) -> str:
-        """Say how many rows there are."""
-        return f"{self.intake.accepted} of {self.settings.rows} rows are kept."
-
     def _replay(self) -> None:
         for record in self.ledger.replay():
             self._take(record)
-            self._next_call = max(self._next_call, record.call + 1)
+            self.next_call = max(self.next_call, record.call + 1)
             if record.outcome == "timeout":
                 self._sizes[record.call] = max(1, record.size // 2)
             else:
@@ -113,15 +139,15 @@ class LlmRun:
 
     # --------------------------------------------------------------------------------------------------- starting calls
 
-    def _room(self) -> int:
+    def room(self) -> int:
         """Return how many items may be asked for now."""
         missing = self.settings.rows - self.intake.accepted - self._asked
-        left = self.settings.budget - self.intake.candidates - self._asked
+        left = self.intake.candidates_left - self._asked
         return 0 if self._aside_in_a_row >= SET_ASIDE_IN_A_ROW else min(missing, left)
 
     def _start_calls(self, routes: Routes) -> None:
         # Answers that wait for the disk hold no place at the endpoint, so they need a bound of their own.
-        while (room := self._room()) > 0 and self.ledger.waiting <= 2 * self.pace.concurrency:
+        while (room := self.room()) > 0 and self.ledger.waiting <= 2 * self.pace.concurrency:
             spent, pauses = self.intake.cost, self.intake.budget_pauses
             if not self.budget.room(spent, pauses, len(self._running)):
                 return
@@ -144,8 +170,8 @@ class LlmRun:
             return self._again.popleft()
         if self._plan is not None:
             return self._plan.next_call()
-        self._next_call += 1
-        return self._next_call - 1
+        self.next_call += 1
+        return self.next_call - 1
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -162,11 +188,11 @@ class LlmRun:
             self._again.append(number)
             self._lose(routes, route, lost.error)
         except LoralineError as error:
-            if error.reason in LOST_FOR_GOOD and len(routes.live) > 1:
+            if error.reason in LOST_FOR_GOOD:
                 self._again.append(number)
-                routes.lose(route, error)
+                self._lose(routes, route, error)
             else:
-                self._failure = self._failure or error
+                self._failure = self._failure or self._endings.keeping(error)
         except Exception as error:
             self._failure = self._failure or error
         finally:
@@ -176,14 +202,7 @@ class LlmRun:
     def _lose(self, routes: Routes, route: Route, error: LoralineError) -> None:
         routes.lose(route, error)
         if not routes.live:
-            self._failure = self._failure or self._keeping(error)
-
-    def _keeping(self, error: LoralineError) -> BaseException:
-        """Return the error, or a pause when there is something to keep and the endpoint may come back."""
-        if not self.intake.accepted:
-            return error
-        self.hooks.count("datagen_pauses", 1, reason=error.reason, endpoint="", model="")
-        return JobPaused(error.reason, f"{error.message} {self.kept()} To go on: {self.hooks.go_on}")
+            self._failure = self._failure or self._endings.keeping(error, routes.told(but_not=route))
 
     # ------------------------------------------------------------------------------------------------------- recording
 
@@ -241,40 +260,17 @@ class LlmRun:
         if self._failure is not None:
             raise self._failure
         if self._aside_in_a_row >= SET_ASIDE_IN_A_ROW:
-            raise self._keeping(self._too_slow())
-        if self.settings.budget <= self.intake.candidates:
-            raise self._used_up()
+            raise self._endings.too_slow(", ".join(dict.fromkeys(endpoint.name for endpoint in self._endpoints)))
         if self._plan is not None and self._all_read:
             raise self._plan.exhausted(self.intake.name, self.intake.accepted, self.settings.rows)
+        if self.intake.candidates_left <= 0:
+            end = self._endings.used_up()
+            await self.record(CallRecord(-1, 0, "", "candidates"))
+            raise end
         if not self.budget.room(self.intake.cost, self.intake.budget_pauses, 0):
-            raise await self._budget_reached()
+            end = self._endings.budget_reached(self.budget.allowed(self.intake.budget_pauses))
+            await self.record(CallRecord(-1, 0, "", "budget"))
+            raise end
         if not routes.live:
-            raise routes.first_error or AssertionError
+            raise self._endings.keeping(routes.first_error) if routes.first_error else AssertionError
         await self._policy.wait(routes)
-
-    async def _budget_reached(self) -> JobPaused:
-        allowed = self.budget.allowed(self.intake.budget_pauses)
-        await self.record(CallRecord(-1, 0, "", "budget"))
-        self.hooks.count("datagen_pauses", 1, reason="BUDGET_REACHED", endpoint="", model="")
-        return JobPaused(
-            "BUDGET_REACHED", f"The calls cost {self.intake.cost:.4f} US dollars of {allowed:.4f} that max_cost_usd "
-            f"allows; one more could go above it. {self.kept()} To spend max_cost_usd once more: {self.hooks.go_on}",
-        )  # fmt: skip
-
-    def _used_up(self) -> LoralineError:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(self.intake.outcomes.items())) or "no items"
-        return failed_precondition(
-            "LLM_CANDIDATES_EXHAUSTED",
-            f"{self.intake.name}: {self.intake.accepted} of {self.settings.rows} rows came out of "
-            f"{self.intake.candidates} candidates, the most that max_candidates_ratio allows "
-            f"({told}). Give more topics, personas or styles, a clearer brief, or a larger max_candidates_ratio.",
-            accepted=str(self.intake.accepted), candidates=str(self.intake.candidates),
-        )  # fmt: skip
-
-    def _too_slow(self) -> LoralineError:
-        names = ", ".join(dict.fromkeys(endpoint.name for endpoint in self._endpoints))
-        return unavailable(
-            "ENDPOINT_TIMEOUT",
-            f"The endpoint {names} did not answer within {self.settings.timeout_seconds:g} s, not even for single "
-            "items. Set a longer request_timeout, or mend the endpoint.", endpoint=names,
-        )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The ledger of calls: every answer on disk before it is used, so that no call is ever paid for twice.
+"""The ledger of calls: every answer is kept before it is used, so that no call is ever paid for twice.
 
-One JSON object a line, appended and fsynced, several at a time when several answers wait. A line torn by a crash is cut
-off when the ledger is opened again. Answers are not kept in memory, only where each stands in the file.
+Where it is kept differs (a file, or a table that several machines share); what it promises does not. Records are
+written several at a time when several answers wait. Answers are not kept in memory.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
-from loraline.core.errors import data_loss, resource_exhausted
+from loraline.core.errors import LoralineError, data_loss
+from loraline.datagen.digest_set import DigestSet
 
-Outcome = Literal["answered", "timeout", "set_aside", "filtered", "budget"]
+Outcome = Literal["answered", "timeout", "set_aside", "filtered", "refused", "budget", "candidates"]
 
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call: its plan number, the items asked for, a digest of what was sent, and what came back.
+    """One call: its number, the items asked for, a digest of what was sent, and what came back.
 
     `outcome`: `answered`; `timeout` (asked again, smaller); `set_aside` (timed out for good); `filtered` (the provider
-    refuses this content); `budget` (no call: the cost bound was reached here). `cost` is in US dollars.
+    refuses this content); `refused` (HTTP 400 for this request while others are answered); `budget` and `candidates`
+    (no call: the cost bound, or that of the candidates, was reached here). `cost` is in US dollars. `plan` is the
+    digest of what decides a run's requests, `answered_at` seconds since the epoch; `paid_by` names the other job that
+    paid for the answer, if one did.
     """
 
     call: int
@@ -39,6 +42,13 @@ class CallRecord:
     completion_tokens: int = 0
     cost: float = 0.0
     endpoint: str = ""
+    plan: str = ""
+    answered_at: float = 0.0
+    paid_by: str = ""
+
+
+Line = tuple[CallRecord, bytes]
+"""A record and its JSON, which is one line."""
 
 
 def payload_digest(payload: bytes) -> str:
@@ -46,67 +56,60 @@ def payload_digest(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-class Ledger:
-    """An append-only file of calls; `path` None writes nothing, for previews. One run uses it at a time."""
+def line_of(record: CallRecord) -> bytes:
+    """Return the record as one line of JSON."""
+    return json.dumps(record.__dict__, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
-    def __init__(self, path: Path | None):
-        self._path = path
-        self._file: BinaryIO | None = None
-        self._answers: dict[bytes, int] = {}
-        self._end = 0
-        self._waiting: list[tuple[bytes, bytes | None, asyncio.Future[None]]] = []
+
+def record_of(line: bytes, place: str) -> CallRecord:
+    """Return the record that a line holds; DATA_LOSS names the place when it is damaged."""
+    try:
+        record = CallRecord(**json.loads(line))
+        bytes.fromhex(record.payload)
+    except (ValueError, TypeError) as error:
+        raise data_loss(
+            "LEDGER_DAMAGED", f"The ledger of calls is damaged at {place}. Start the job anew.", line=place
+        ) from error  # fmt: skip
+    return record
+
+
+class Ledger(ABC):
+    """The calls of one source of one job, in their order. One run uses it at a time."""
+
+    def __init__(self) -> None:
+        self._answered = DigestSet()
+        self._waiting: list[tuple[Line, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
-        if path is not None:
-            self._end = _open_for_append(path)
-            self._file = path.open("ab", buffering=0)
 
     def replay(self) -> Iterator[CallRecord]:
-        """Yield what is recorded, in its order; DATA_LOSS names the line when the file is damaged."""
-        if self._path is None:
-            return
-        with self._path.open("rb") as file:
-            position = 0
-            for number, line in enumerate(file, start=1):
-                record = self._parsed(line, number)
-                if record.outcome == "answered":
-                    self._answers[bytes.fromhex(record.payload)] = position
-                position += len(line)
-                yield record
+        """Yield what is recorded, in its order; DATA_LOSS names the place of a damaged record."""
+        for record in self._recorded():
+            self._note(record)
+            yield record
 
-    def _parsed(self, line: bytes, number: int) -> CallRecord:
-        try:
-            record = CallRecord(**json.loads(line))
-            bytes.fromhex(record.payload)
-        except (ValueError, TypeError) as error:
-            name = self._path.name if self._path else ""
-            raise data_loss(
-                "LEDGER_DAMAGED", f"The ledger of calls is damaged at {name}:{number}. Start the job anew.",
-                line=str(number),
-            ) from error  # fmt: skip
-        return record
+    def find(self, digest: str) -> CallRecord | None:
+        """Return this ledger's answer to exactly this request, or None. A hit reads the ledger through; it is rare."""
+        if bytes.fromhex(digest) not in self._answered:
+            return None
+        return next((one for one in self._recorded() if one.outcome == "answered" and one.payload == digest), None)
+
+    def known(self, plans: Sequence[str], first_call: int) -> Iterator[CallRecord]:
+        """Yield answers that other jobs have paid for under one of these plans, by call number, from `first_call` on.
+
+        A number may come more than once.
+        """
+        del plans, first_call
+        return iter(())
 
     @property
     def waiting(self) -> int:
-        """Records that are not on disk yet, those being written aside."""
+        """Records that are not written yet, those being written aside."""
         return len(self._waiting)
 
-    def find(self, digest: str) -> CallRecord | None:
-        """Return the recorded answer to exactly this request, or None."""
-        position = self._answers.get(bytes.fromhex(digest))
-        if position is None or self._path is None:
-            return None
-        with self._path.open("rb") as file:
-            file.seek(position)
-            return self._parsed(file.readline(), 0)
-
     async def append(self, record: CallRecord) -> None:
-        """Write a record; when this returns it survives a power cut. Callers go on in the order of the file."""
-        if self._file is None:
-            return
-        line = json.dumps(record.__dict__, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        answered = bytes.fromhex(record.payload) if record.outcome == "answered" else None
+        """Write a record; when this returns it survives a power cut. Callers go on in the order of the ledger."""
         written = asyncio.get_running_loop().create_future()
-        self._waiting.append((line, answered, written))
+        self._waiting.append(((record, line_of(record)), written))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_waiting())
         await written
@@ -114,61 +117,45 @@ class Ledger:
     async def _write_waiting(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
+            problem: Exception | None = None
             try:
-                await asyncio.to_thread(self._write, b"".join(line for line, _, _ in batch))
-            except OSError as error:
-                problem = resource_exhausted(
-                    "DISK_FULL", f"The ledger of calls cannot be written: {error.strerror or error}. Make room in the "
-                    "data folder and start the job again.",
-                )  # fmt: skip
-                for _, _, written in batch:
-                    if not written.done():
-                        written.set_exception(problem)
-                continue
-            for line, answered, written in batch:
-                if answered is not None:
-                    self._answers[answered] = self._end
-                self._end += len(line)
-                if not written.done():
+                await asyncio.to_thread(self._write, [line for line, _ in batch])
+            except LoralineError as error:
+                problem = error
+            for (record, _), written in batch:
+                if problem is None:
+                    self._note(record)
+                if written.done():
+                    continue
+                if problem is None:
                     written.set_result(None)
+                else:
+                    written.set_exception(problem)
 
-    def _write(self, lines: bytes) -> None:
-        file = self._file
-        if file is None:
-            return
-        view = memoryview(lines)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
+    def _note(self, record: CallRecord) -> None:
+        if record.outcome == "answered":
+            self._answered.add(bytes.fromhex(record.payload))
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+    @abstractmethod
+    def _recorded(self) -> Iterator[CallRecord]:
+        """Yield what is recorded, in its order."""
+
+    @abstractmethod
+    def _write(self, lines: Sequence[Line]) -> None:
+        """Write records so that they last, in a thread of its own; LoralineError when that cannot be."""
+
+    def close(self) -> None:  # noqa: B027 (most ledgers hold nothing open)
+        """Let go of what is open."""
 
 
-def _open_for_append(path: Path) -> int:
-    """Make the file if need be, cut a torn last line off, and return its length."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = not path.exists()
-    with path.open("a+b") as file:
-        length = file.seek(0, os.SEEK_END)
-        end = length
-        while end > 0:  # back to the last line's end
-            start = max(0, end - 65536)
-            file.seek(start)
-            at = file.read(end - start).rfind(b"\n")
-            if at >= 0:
-                end = start + at + 1
-                break
-            end = start
-        if end < length:
-            file.truncate(end)
-        os.fsync(file.fileno())
-    if made:  # The name must survive a power cut as well as the lines.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    return end
+class NoLedger(Ledger):
+    """Keeps nothing, for previews."""
+
+    async def append(self, record: CallRecord) -> None:
+        """Keep nothing."""
+
+    def _recorded(self) -> Iterator[CallRecord]:
+        return iter(())
+
+    def _write(self, lines: Sequence[Line]) -> None:
+        del lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from loraline.core.jobs.handlers import JobPaused
@@ -34,13 +34,15 @@ class QuotaPolicy:
         if not resting:  # Other jobs use what the endpoint takes, or a break of theirs has to pass.
             await self._sleep(min([LOOK_SECONDS, *(route.limiter.opens_in or LOOK_SECONDS for route in routes.live)]))
             return
-        soonest = min(resting, key=lambda route: route.rests_for)
+        # One that waiting helps comes before one that it does not help, however soon that may be tried again.
+        soonest = min(resting, key=lambda route: (not self._may_wait(route), route.rests_for))
         seconds = soonest.rests_for
         if soonest.slowing:
             await self._sleep(seconds)
             soonest.wake()
             return
-        self._may_wait(soonest, seconds)
+        if not self._may_wait(soonest):
+            raise self._paused(routes, resting)
         notice = soonest.notice
         said = notice.message if notice else ""
         self._hooks.note("QUOTA_WAIT", f"The endpoint is at its limit; waiting {seconds:.1f} s: {said}")
@@ -49,27 +51,30 @@ class QuotaPolicy:
         await self._sleep(seconds)
         soonest.wake()
 
-    def _may_wait(self, route: Route, seconds: float) -> None:
+    def _may_wait(self, route: Route) -> bool:
         notice = route.notice
-        if notice is None:
-            return
+        if notice is None or route.slowing:
+            return True
         came_back = bool(notice.quota_id) and notice.quota_id in self._waited_for
         hopeless = notice.exhausted and (notice.wait_seconds is None or came_back)
-        too_long = self._waited + seconds > self._settings.max_wait_seconds
-        if self._settings.quota_policy == "pause" or hopeless or too_long:
-            raise self._paused(route)
+        too_long = self._waited + route.rests_for > self._settings.max_wait_seconds
+        return not (self._settings.quota_policy == "pause" or hopeless or too_long)
 
-    def _paused(self, route: Route) -> JobPaused:
-        notice = route.notice
+    def _paused(self, routes: Routes, resting: Sequence[Route]) -> JobPaused:
+        """Return the pause, with what every route said and the earliest time that any of them told."""
+        timed = [route for route in resting if route.notice and route.notice.wait_seconds is not None]
+        first = min(timed or resting, key=lambda route: route.rests_for)
+        notice = first.notice
         if notice is None:
             raise AssertionError
-        retry = datetime.now(UTC) + timedelta(seconds=route.rests_for) if notice.wait_seconds is not None else None
+        retry = datetime.now(UTC) + timedelta(seconds=first.rests_for) if timed else None
         when = f" Trying again makes sense after {retry:%Y-%m-%d %H:%M:%S} UTC." if retry else ""
-        self._hooks.count("datagen_pauses", 1, reason=notice.reason, **route.labels)
+        self._hooks.count("datagen_pauses", 1, reason=notice.reason, **first.labels)
+        others = routes.told(but_not=first)
         return JobPaused(
             notice.reason,
-            f"The endpoint {route.endpoint.name} is at its limit: {notice.message} {self._kept()}{when} "
-            f"To go on: {self._hooks.go_on}", retry,
+            f"The endpoint {first.endpoint.name} is at its limit: {notice.message} {others + ' ' if others else ''}"
+            f"{self._kept()}{when} To go on: {self._hooks.go_on}", retry,
         )  # fmt: skip
 
     async def _sleep(self, seconds: float) -> None:

@@ -16,7 +16,12 @@ from loraline.datagen.llms.quota import QuotaNotice
 from loraline.datagen.llms.transport import Transport, open_transport
 
 SHORT_WAIT_SECONDS = 5.0
-LOST_FOR_GOOD = frozenset({"ENDPOINT_KEY_REFUSED", "ENDPOINT_MODEL_NOT_FOUND", "ENDPOINT_NOT_FOUND"})
+LOST_FOR_GOOD = frozenset(
+    {"ENDPOINT_KEY_REFUSED", "ENDPOINT_MODEL_NOT_FOUND", "ENDPOINT_NOT_FOUND", "ENDPOINT_REFUSED", "ENDPOINT_PROXY"}
+)
+LIMITS = frozenset({"QUOTA_EXHAUSTED", "MODEL_COOLDOWN", "RATE_LIMITED"})
+UNLISTED = frozenset({"ENDPOINT_NOT_FOUND"})
+"""What a list of models may fail with although the endpoint answers chats: the first call tells."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Route:
         self.transport: Transport = open_transport(endpoint, timeout_seconds)
         self.structured = True
         self.proved = False
+        self.not_accepted = 0
+        """Requests in a row that the endpoint did not accept."""
         self.notice: QuotaNotice | None = None
         self.slowing = False
         """Whether going slower is the answer to the last refusal, not waiting for a quota."""
@@ -63,13 +70,23 @@ class Route:
         """Seconds until a refusal has been waited out; 0 when there is none."""
         return max(0.0, self._rests_until - time.monotonic())
 
+    @property
+    def told(self) -> str:
+        """Why this route takes no calls, for people; empty when it does."""
+        key = f" (key {self.endpoint.key_number})" if self.endpoint.key_number > 1 else ""
+        if self.lost is not None:
+            return f"{self.endpoint.name}{key} is lost: {self.lost.message}"
+        if self.notice is None:
+            return ""
+        return f"{self.endpoint.name}{key} is at its limit ({self.notice.reason}): {self.notice.message}"
+
     def ready(self) -> bool:
         """Return whether a call may start here now."""
         return self.lost is None and not self.rests_for and self.limiter.free()
 
     def answered(self) -> None:
         """Note an answer."""
-        self.proved, self.notice, self.slowing, self._refusals = True, None, False, 0
+        self.proved, self.notice, self.slowing, self._refusals, self.not_accepted = True, None, False, 0, 0
         self.limiter.succeeded()
 
     def refused(self, notice: QuotaNotice, started: float) -> None:
@@ -115,17 +132,18 @@ class Routes:
     async def probe(self) -> None:
         """Ask each endpoint for its models. One that fails is left out while another works; else its error is raised.
 
-        A limit that refuses even the list is no failure: the first call will tell.
+        A limit that refuses even the list, or an endpoint that has no list, is no failure: the first call will tell.
         """
         if self._pace.probe_seconds <= 0:
             return
         for route in self._all:
+            if not route.endpoint.lists_models:
+                continue
             try:
                 await probe(route.endpoint, self._pace.probe_seconds)
             except LoralineError as error:
-                if error.reason in ("QUOTA_EXHAUSTED", "MODEL_COOLDOWN", "RATE_LIMITED"):
-                    continue
-                self.lose(route, error)
+                if error.reason not in LIMITS | UNLISTED:
+                    self.lose(route, error)
         if not self.live:
             raise self._all[0].lost or AssertionError
 
@@ -134,6 +152,10 @@ class Routes:
         route.give_up(error)
         if self.live:
             self._hooks.note(error.reason, f"Going on without an endpoint: {error.message}")
+
+    def told(self, but_not: Route | None = None) -> str:
+        """Say of every route, one aside, why it takes no calls."""
+        return " ".join(_sentence(route.told) for route in self._all if route is not but_not and route.told)
 
     @property
     def live(self) -> list[Route]:
@@ -158,3 +180,7 @@ class Routes:
         """Close all."""
         for route in self._all:
             await route.close()
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
