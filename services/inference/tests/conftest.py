@@ -6,15 +6,24 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
+from prometheus_client import CollectorRegistry
 
+from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_MODEL
+from loraline.core.config import CoreSettings
 from loraline.core.evidence.probes import Probe, ProbeSet
 from loraline.core.evidence.receipt import ReceiptCounts, ReceiptRow, TokenReceipt, digest_text
+from loraline.core.serving.component import Platform
+from loraline.core.serving.opening import open_platform
+from loraline.inference.config import InferenceSettings
+from loraline.inference.host import ModelHost
+from loraline.inference.metrics import InferenceMetrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # served_toy.py and counting_engine.py stand beside the tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -165,3 +174,39 @@ def copy_adapter() -> Callable[[Path, Path], Path]:
         return Path(shutil.copytree(source, target))
 
     return copy
+
+
+@pytest.fixture
+def platform(tmp_path: Path, toy: Toy) -> Iterator[Platform]:
+    """A platform whose library holds the toy as `model/toy:v1`, and counting engines that start afresh."""
+    from counting_engine import CountingEngine
+
+    CountingEngine.started, CountingEngine.fail_folder = [], ""
+    platform = open_platform(CoreSettings(data_dir=tmp_path / "data"))
+    platform.library.publish(ARTIFACT_KIND_MODEL, "toy", toy.model)
+    yield platform
+    platform.database.close()
+
+
+@pytest_asyncio.fixture
+async def make_host(platform: Platform) -> AsyncIterator[Callable[..., ModelHost]]:
+    """Make hosts on the counting engine, or on another choice, with settings; they are stopped after the test."""
+    from counting_engine import CountingChoice
+
+    hosts: list[ModelHost] = []
+
+    def make(chosen: Any = None, **settings: Any) -> ModelHost:
+        values = {"max_loaded_adapters": 2, "alias_cache_seconds": 0, "restart_backoff_seconds": 0.05, **settings}
+        host = ModelHost(
+            InferenceSettings(**values),
+            platform.settings,
+            platform.library,
+            InferenceMetrics(CollectorRegistry()),
+            chosen or (lambda _: CountingChoice("transformers", "test")),
+        )
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        await host.stop()

@@ -24,7 +24,7 @@ from loraline.inference.engines import amx, watch
 from loraline.inference.engines.choice import choose
 from loraline.inference.engines.port import EngineOptions
 from loraline.inference.engines.text_stream import TextStream
-from loraline.inference.engines.vllm_engine import engine_arguments
+from loraline.inference.engines.vllm_process import engine_arguments
 from loraline.inference.state import ServedState, StateFile
 
 

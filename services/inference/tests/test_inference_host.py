@@ -3,155 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import grpc
 import pytest
-import pytest_asyncio
-from prometheus_client import CollectorRegistry
+from counting_engine import TOY, CountingEngine, MakeHost, answer, until
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.core.artifacts.refs import parse_ref
-from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
-from loraline.core.evidence.probes import load_probes
 from loraline.core.serving.component import Platform
-from loraline.core.serving.opening import open_platform
-from loraline.inference.config import InferenceSettings
-from loraline.inference.engines.choice import EngineChoice, choose
-from loraline.inference.engines.port import (
-    EngineDead,
-    EngineFacts,
-    EngineOptions,
-    EngineRefused,
-    EngineRequest,
-    Piece,
-    Sampling,
-)
-from loraline.inference.generation import Generation, Question
-from loraline.inference.host import ModelHost
-from loraline.inference.metrics import InferenceMetrics
+from loraline.inference.engines.choice import choose
 
 ADAPTER, MODEL = artifact_pb2.ARTIFACT_KIND_ADAPTER, artifact_pb2.ARTIFACT_KIND_MODEL
-
-
-class CountingEngine:
-    """Answers `0 1 2 …`; its log-probabilities are those that the adapters' probes ask for."""
-
-    started: ClassVar[list[CountingEngine]] = []
-    fail_folder: ClassVar[str] = ""
-
-    def __init__(self) -> None:
-        self.adapters: dict[str, dict[tuple[int, ...], list[float]]] = {"": {}}
-        self.most = 0
-        self.alive = False
-        self.gate = asyncio.Event()
-        self.gate.set()
-        CountingEngine.started.append(self)
-
-    @property
-    def facts(self) -> EngineFacts:
-        return EngineFacts("transformers", "0", "cpu", "float32", 512, 400, 16, 2)
-
-    async def start(self, model_folder: Path, options: EngineOptions) -> None:
-        if self.fail_folder and self.fail_folder in str(model_folder):
-            raise RuntimeError("CUDA error: out of memory")
-        self.alive = True
-
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece, None]:
-        if request.adapter not in self.adapters:
-            raise EngineRefused(f"adapter {request.adapter} is not loaded")
-        for number in itertools.count():
-            await self.gate.wait()
-            await asyncio.sleep(0)
-            if not self.alive:
-                raise EngineDead("killed")
-            last = number + 1 == request.sampling.max_tokens
-            yield Piece(0, f"{number} ", [number], "length" if last else "")
-            if last:
-                return
-
-    async def load_adapter(self, internal_name: str, folder: Path) -> None:
-        probes = load_probes(folder).probes
-        self.adapters[internal_name] = {(*p.prompt_ids, *p.response_ids): p.adapter_logprobs for p in probes}
-        self.adapters[""].update({(*p.prompt_ids, *p.response_ids): p.base_logprobs for p in probes})
-        self.most = max(self.most, len(self.adapters) - 1)
-
-    async def unload_adapter(self, internal_name: str) -> None:
-        del self.adapters[internal_name]
-
-    async def logprobs(self, ids: Sequence[int], adapter: str = "") -> list[float]:
-        if not self.alive:
-            raise EngineDead("killed")
-        figures = self.adapters[adapter][tuple(ids)]
-        return [math.nan] * (len(ids) - 1 - len(figures)) + figures
-
-    async def healthy(self) -> bool:
-        return self.alive
-
-    async def stop(self) -> None:
-        self.alive = False
-
-
-class CountingChoice(EngineChoice):
-    def create(self) -> Any:
-        return CountingEngine()
-
-
-@pytest.fixture
-def platform(tmp_path: Path, toy: Any) -> Any:
-    CountingEngine.started, CountingEngine.fail_folder = [], ""
-    platform = open_platform(CoreSettings(data_dir=tmp_path / "data"))
-    platform.library.publish(MODEL, "toy", toy.model)
-    yield platform
-    platform.database.close()
-
-
-MakeHost = Callable[..., ModelHost]
-
-
-@pytest_asyncio.fixture
-async def make_host(platform: Platform) -> AsyncIterator[MakeHost]:
-    hosts: list[ModelHost] = []
-
-    def make(chosen: Any = None, **settings: Any) -> ModelHost:
-        values = {"max_loaded_adapters": 2, "alias_cache_seconds": 0, "restart_backoff_seconds": 0.05, **settings}
-        host = ModelHost(
-            InferenceSettings(**values),
-            platform.settings,
-            platform.library,
-            InferenceMetrics(CollectorRegistry()),
-            chosen or (lambda _: CountingChoice("transformers", "test")),
-        )
-        hosts.append(host)
-        return host
-
-    yield make
-    for host in hosts:
-        await host.stop()
-
-
-TOY = BaseModel(artifact=parse_ref("model/toy:v1"))
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def answer(host: ModelHost, model: str = "", tokens: int = 3) -> str:
-    generation = Generation(host, host.settings, InferenceMetrics(CollectorRegistry()))
-    async with generation.answer(Question(model, Sampling(max_tokens=tokens), prompt="Hello")) as running:
-        async for _ in running.pieces():
-            pass
-        return running.figures.text()
 
 
 async def test_model_and_adapters_come_back_after_a_restart(make_host: MakeHost, platform: Platform, toy: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
@@ -37,6 +38,8 @@ class InferenceSettings(BaseSettings):
     """Adapters that one batch may mix."""
     max_concurrent_requests: int = Field(default=256, ge=1)
     """Sequences generated at once; more wait."""
+    max_queued_requests: int = Field(default=1024, ge=0)
+    """Answers that may wait for one of these places; further requests are refused with a time to come back."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """KV cache on a CPU, in GiB (VLLM_CPU_KVCACHE_SPACE, when set, is stronger)."""
     gpu_memory_utilization: float = Field(
@@ -71,6 +74,15 @@ class InferenceSettings(BaseSettings):
     session_max_bytes: int = Field(default=1024 * 1024, ge=1)
     """Bytes of UTF-8 that a session's history may have before it refuses another turn."""
 
+    profiles_dir: Path | None = None
+    """Folder with response profiles of your own, one YAML file each; unset for the built-in ones alone."""
+    profile_reconnect_seconds: float = Field(default=30.0, gt=0, le=3600)
+    """How long a profile's stream goes on, and is kept, without its reader: it may come back with Last-Event-ID."""
+    profile_heartbeat_seconds: float = Field(default=10.0, gt=0)
+    """Silence after which a profile's stream sends a comment, so that proxies keep it open."""
+    profile_max_streams: int = Field(default=256, ge=1)
+    """Streams of profiles that are kept at once, running ones among them."""
+
     require_proof: bool = True
     """Refuse adapters without probes and token receipt. Off, such adapters must at least differ from the base."""
     load_on_first_use: bool = True
@@ -79,8 +91,12 @@ class InferenceSettings(BaseSettings):
     """How long a name's resolution is remembered: a moved alias is followed within this time."""
     drain_seconds: float = Field(default=60.0, ge=0)
     """How long a change of the base model waits for requests in flight before it ends them."""
+    check_interval_seconds: float = Field(default=10.0, ge=0)
+    """After so long without a token for any request the engine is asked for one; 0 for never."""
+    check_timeout_seconds: float = Field(default=60.0, gt=0)
+    """An engine that gives no token for so long hangs and is started again; a first long prompt takes its time."""
     restart_backoff_seconds: float = Field(default=1.0, gt=0)
-    """First wait before a dead engine is started again; doubles up to a minute."""
+    """Wait before an engine that failed again is started once more; doubles up to a minute."""
 
     def engine_options(self, *, trust_remote_code: bool = False) -> EngineOptions:
         """Return the part of the settings that the engine needs."""

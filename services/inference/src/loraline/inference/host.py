@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import structlog
 
@@ -20,6 +20,7 @@ from loraline.inference.adapters.registry import ServedAdapter
 from loraline.inference.base_model import LocalBase, describe_base, open_base, parse_base
 from loraline.inference.catalogue import aliases_of, is_base, not_served, served_aliases
 from loraline.inference.config import InferenceSettings
+from loraline.inference.engine_watch import WHY, Backoff, EngineWatch, Failure
 from loraline.inference.engines.choice import EngineChoice, choose
 from loraline.inference.engines.port import BASE
 from loraline.inference.holds import Holds
@@ -29,7 +30,6 @@ from loraline.inference.serving import Serving, Target, start_serving
 from loraline.inference.state import ServedState, StateFile
 
 _log = structlog.get_logger(__name__)
-_MAX_BACKOFF_SECONDS = 60.0
 
 
 class ModelHost:
@@ -55,12 +55,19 @@ class ModelHost:
         self._changing = asyncio.Lock()
         self._readiness = Readiness()
         self._holds = Holds(library.database, lambda: self._serving)
+        self._watch = EngineWatch(settings, self._watched, self._restart)
+        self._backoff = Backoff(settings.restart_backoff_seconds)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def why_not_ready(self) -> str:
         """Empty when requests are answered; otherwise why not and what to do."""
         return self._readiness.why_not
+
+    @property
+    def concurrency(self) -> int:
+        """Answers that the engine generates at once; 0 while none runs or it does not say."""
+        return self._serving.engine.facts.concurrency if self._serving is not None else 0
 
     async def start(self) -> None:
         """Begin to load the configured or the remembered model, and to watch the engine."""
@@ -76,7 +83,7 @@ class ModelHost:
             self._readiness.failed(error.message, error.reason)
             _log.error("no_engine", message=error.message)
             return
-        for work in (self._load_first(wanted), self._watch(), self._holds.keep()):
+        for work in (self._load_first(wanted), self._watch.keep(), self._holds.keep()):
             task = asyncio.create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -229,10 +236,13 @@ class ModelHost:
     async def _go_back(self, before: Serving, choice: EngineChoice) -> None:
         _log.warning("serving_model_before", model=before.base.described)
         adapters = [format_ref(adapter.ref) for adapter in before.adapters.list()]
-        with suppress(LoralineError):
+        try:
             self._serving = await self._start(before.base, before.name, choice)
-            await self._load_adapters(self._serving, adapters)
-            self._readiness.ready()
+        except LoralineError as error:
+            _log.error("model_before_failed", reason=error.reason, message=error.message)
+            return
+        await self._load_adapters(self._serving, adapters)
+        self._readiness.ready()
 
     async def _load_first(self, wanted: BaseModel | None) -> None:
         if wanted is None:
@@ -254,28 +264,25 @@ class ModelHost:
             except LoralineError as error:
                 _log.warning("adapter_not_back", adapter=text, reason=error.reason, message=error.message)
 
-    async def _watch(self) -> None:
-        """Start a dead engine again, waiting longer after each failure."""
-        wait = self.settings.restart_backoff_seconds
-        while True:
-            await asyncio.sleep(min(1.0, wait))
-            serving = self._serving
-            if serving is None or self._changing.locked() or await serving.engine.healthy():
-                continue
-            async with self._changing:
-                if self._serving is not serving:
-                    continue
-                self._readiness.loading("The engine died and is being started again.")
-                _log.error("engine_dead", model=serving.base.described)
-                self._serving = None
-                await serving.engine.stop()
-                while self._serving is None:
+    def _watched(self) -> Serving | None:
+        return None if self._changing.locked() else self._serving
+
+    async def _restart(self, serving: Serving, failure: Failure) -> None:
+        """Start an engine again that died or hangs, waiting longer after each failure."""
+        async with self._changing:
+            if self._serving is not serving:
+                return
+            self._readiness.loading(WHY[failure])
+            _log.error("engine_lost", failure=failure, model=serving.base.described)
+            self._metrics.engine_restarts.labels(cause=failure).inc()
+            self._serving = None
+            await serving.engine.stop()  # requests in flight are told so
+        while self._serving is None:
+            await self._backoff.wait()
+            async with self._changing:  # let go of between the tries: an operator may load another model
+                if self._serving is None:
+                    self._readiness.loading(WHY[failure])
                     await self._go_back(serving, self._choose(self.settings.engine))
-                    if self._serving is None:
-                        _log.error("engine_restart_failed", next_try_seconds=wait)
-                        await asyncio.sleep(wait)
-                        wait = min(wait * 2, _MAX_BACKOFF_SECONDS)
-            wait = self.settings.restart_backoff_seconds
 
     async def _remember(self, serving: Serving) -> None:
         self._state.model, self._state.served_name = serving.base.spec, serving.name

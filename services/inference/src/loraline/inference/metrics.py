@@ -41,10 +41,49 @@ class InferenceMetrics:
         )
         self.adapters = Gauge("loraline_inference_adapters", "Adapters in the engine now.", registry=registry)
         self.in_flight = Gauge("loraline_inference_in_flight_requests", "Requests being answered.", registry=registry)
+        self.waiting = Gauge(
+            "loraline_inference_queued_requests",
+            "Answers that wait until the engine has a place for them.",
+            registry=registry,
+        )
+        self.refused = Counter(
+            "loraline_inference_refused_total",
+            "Requests refused because the queue was full (QUEUE_FULL) or the key at its limit (KEY_RATE_LIMITED).",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in ("QUEUE_FULL", "KEY_RATE_LIMITED"):
+            self.refused.labels(reason=reason)
+        self.engine_restarts = Counter(
+            "loraline_inference_engine_restarts_total",
+            "Engines started again, by cause: died or hung.",
+            ["cause"],
+            registry=registry,
+        )
+        for cause in ("died", "hung"):
+            self.engine_restarts.labels(cause=cause)
         self.load_seconds = Histogram(
             "loraline_inference_model_load_seconds",
             "Seconds to load a base model until it generated a token.",
             buckets=(1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
+            registry=registry,
+        )
+        self.structured_failures = Counter(
+            "loraline_inference_structured_failures_total",
+            "Answers that were not of the shape or language asked, by shape and reason.",
+            ["shape", "reason"],
+            registry=registry,
+        )
+        self.structured_retries = Counter(
+            "loraline_inference_structured_retries_total",
+            "Answers asked for again because of their shape or language, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self.profile_answers = Counter(
+            "loraline_inference_profile_answers_total",
+            "Answers of response profiles by profile and outcome (ok, cancelled or the error's reason).",
+            ["profile", "outcome"],
             registry=registry,
         )
         registry.register(_VllmMetrics())

@@ -39,6 +39,8 @@ class Serving:
     proof: Proof | None = None
     """Set when the base is a merged model that brings evidence."""
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    last_token: float = field(default_factory=time.monotonic)
+    """When the engine last gave a token to a request, by the monotonic clock."""
     _users: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -111,6 +111,8 @@ class EngineFacts:
     max_loaded_adapters: int
     target_modules: tuple[str, ...] = ()
     """Names of the modules it can adapt."""
+    concurrency: int = 0
+    """Answers that it generates at once; 0 where it was not said."""
 
 
 class EngineDead(Exception):

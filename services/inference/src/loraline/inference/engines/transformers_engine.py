@@ -167,6 +167,7 @@ class TransformersEngine:
             max_lora_rank=options.max_lora_rank,
             max_loaded_adapters=options.max_loaded_adapters,
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})),
+            concurrency=1,
         )
 
     def _add(self, internal_name: str, folder: Path) -> None:

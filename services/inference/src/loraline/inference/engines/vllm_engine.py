@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import structlog
-
-from loraline.inference.engines import amx, compiler, watch
-from loraline.inference.engines.memory import float32_on_cpu
 from loraline.inference.engines.port import (
     BASE,
     Constraint,
@@ -26,6 +21,7 @@ from loraline.inference.engines.port import (
     Piece,
     Sampling,
 )
+from loraline.inference.engines.vllm_process import build, shut_down
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -33,10 +29,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_log = structlog.get_logger(__name__)
-_REAP_SECONDS = 2.0
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM accepts as max_lora_rank."""
+T = TypeVar("T")
 
 
 def engine_version() -> str:
@@ -58,6 +51,7 @@ class VllmEngine:
         self._adapters: dict[str, LoRARequest] = {}
         self._adapter_ids = itertools.count(1)
         self._probe_ids = itertools.count(1)
+        self._stopped = asyncio.Event()
 
     @property
     def facts(self) -> EngineFacts:
@@ -68,7 +62,7 @@ class VllmEngine:
 
     async def start(self, model_folder: Path, options: EngineOptions) -> None:
         """Load the model in a process of its own; takes seconds to minutes, none of them on the event loop."""
-        self._llm = await asyncio.to_thread(_build, model_folder, options)
+        self._llm = await asyncio.to_thread(build, model_folder, options)
         config = self._llm.vllm_config
         self._facts = EngineFacts(
             engine="vllm",
@@ -79,6 +73,7 @@ class VllmEngine:
             vocab_size=int(config.model_config.get_vocab_size()),
             max_lora_rank=int(config.lora_config.max_lora_rank) if config.lora_config else 0,
             max_loaded_adapters=options.max_loaded_adapters,
+            concurrency=int(config.scheduler_config.max_num_seqs),
         )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece, None]:
@@ -120,7 +115,9 @@ class VllmEngine:
             return
         request = LoRARequest(internal_name, next(self._adapter_ids), str(folder))
         try:
-            loaded = await self._require().add_lora(request)
+            loaded = await self._unless_stopped(self._require().add_lora(request))
+        except EngineDead:
+            raise
         except Exception as error:  # vLLM wraps whatever its worker raised in a bare Exception
             self._raise_if_dead(error)
             raise EngineRefused(_first_cause(str(error))) from error
@@ -134,7 +131,9 @@ class VllmEngine:
         if request is None:
             return
         try:
-            await self._require().remove_lora(request.lora_int_id)
+            await self._unless_stopped(self._require().remove_lora(request.lora_int_id))
+        except EngineDead:
+            raise
         except Exception as error:
             self._raise_if_dead(error)
             raise
@@ -167,11 +166,28 @@ class VllmEngine:
         return self._llm is not None and not self._llm.errored
 
     async def stop(self) -> None:
-        """Shut the engine core down and wait for its end."""
+        """End the requests that still run, shut the engine core down and wait for its end."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         llm, self._llm = self._llm, None
         self._adapters.clear()
+        self._stopped.set()
         if llm is not None:
-            await asyncio.to_thread(_shut_down, llm)
+            # An engine core that hangs tells its waiting requests nothing, and one that is shut down tells them late.
+            llm.output_processor.propagate_error(EngineDeadError())
+            await asyncio.to_thread(shut_down, llm)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await what the engine core was asked to do; vLLM would wait for ever for a core that is gone."""
+        working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise EngineDead("the engine was stopped")
+            return working.result()
+        finally:
+            working.cancel()
+            stopped.cancel()
 
     def _require(self) -> AsyncLLM:
         if self._llm is None:
@@ -189,63 +205,6 @@ class VllmEngine:
     def _raise_if_dead(self, error: Exception) -> None:
         if self._llm is None or self._llm.errored:
             raise EngineDead(str(error)) from error
-
-
-def _build(folder: Path, options: EngineOptions) -> AsyncLLM:
-    """Build the engine; blocking. Environment first: vLLM reads it when it is imported and in its children."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", f"{max(1, round(options.kv_cache_gib))}")
-    # Never fork: this process runs gRPC threads.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    amx.enable()
-    watch.claim()
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    on_cpu = bool(current_platform.is_cpu())
-    if on_cpu:
-        compiler.do_without()
-    arguments = engine_arguments(folder, options, on_cpu=on_cpu)
-    _log.info("vllm_starting", model=str(folder), **{k: arguments[k] for k in ("dtype", "max_lora_rank", "max_loras")})
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-
-
-def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> dict[str, Any]:
-    """Return the arguments of vLLM's AsyncEngineArgs; pure."""
-    dtype = options.dtype
-    if dtype == "auto" and on_cpu and float32_on_cpu(folder):
-        dtype = "float32"
-    arguments: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": dtype,
-        "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
-        "enable_lora": True,
-        "max_lora_rank": next((rank for rank in _RANKS if rank >= options.max_lora_rank), _RANKS[-1]),
-        "max_loras": min(options.max_batch_adapters, options.max_loaded_adapters),
-        # Our own registry swaps adapters; vLLM must never drop one that we believe is loaded. One more than we keep:
-        # the newcomer is proven before the oldest goes.
-        "max_cpu_loras": options.max_loaded_adapters + 1,
-        "max_num_seqs": options.max_concurrent_requests,
-        "trust_remote_code": options.trust_remote_code,
-        # Random or small models loop on newlines until max_tokens where JSON allows whitespace.
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-    }
-    if options.max_model_len:
-        arguments["max_model_len"] = options.max_model_len
-    if not on_cpu:
-        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
-        arguments["tensor_parallel_size"] = options.tensor_parallel_size
-    return {**arguments, **options.extra}
-
-
-def _shut_down(llm: AsyncLLM) -> None:
-    """Shut down and reap: vLLM kills an engine core that is slow to end without waiting for it, leaving a zombie."""
-    cores = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
-    llm.shutdown()
-    for core in cores:
-        core.join(_REAP_SECONDS)
 
 
 def _sampling_params(sampling: Sampling, constraint: Constraint | None) -> SamplingParams:
