@@ -11,6 +11,8 @@ from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
 from loraline.inference.http.app import create_app
 from loraline.inference.metrics import InferenceMetrics
+from loraline.inference.profiles.registry import Profiles
+from loraline.inference.profiles.relay import Relay
 from loraline.inference.servicer import InferenceServicer
 from loraline.inference.sessions.calls import SessionCalls
 from loraline.inference.sessions.metrics import SessionMetrics
@@ -29,19 +31,21 @@ def build(platform: Platform, settings: InferenceSettings | None = None) -> Comp
     sessions = Sessions(store, SessionMetrics(platform.registry, store.count))
     generation = Generation(host, settings, metrics, sessions)
 
-    calls = SessionCalls(sessions)
+    calls, profiles = SessionCalls(sessions), Profiles.load(settings.profiles_dir)
+    relay = Relay(settings.profile_max_streams, settings.profile_reconnect_seconds, settings.profile_heartbeat_seconds)
 
     async def start() -> None:
         await host.start()
         await sessions.start()
 
     async def stop() -> None:
+        await relay.stop()
         await sessions.stop()
         await host.stop()
 
     def register(server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(host, generation, SessionCalls(sessions)), server
+            InferenceServicer(host, generation, calls, profiles), server
         )
 
     async def not_ready_because() -> str:
@@ -53,7 +57,7 @@ def build(platform: Platform, settings: InferenceSettings | None = None) -> Comp
         start=start,
         stop=stop,
         not_ready_because=not_ready_because,
-        http_app=create_app(generation, calls) if settings.http_listen else None,
+        http_app=create_app(generation, calls, profiles, relay) if settings.http_listen else None,
         http_listen=settings.http_listen,
-        extra={"host": host, "generation": generation, "sessions": sessions},
+        extra={"host": host, "generation": generation, "sessions": sessions, "profiles": profiles},
     )

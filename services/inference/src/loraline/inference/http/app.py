@@ -1,12 +1,11 @@
-"""The ASGI application: /v1/chat/completions, /v1/completions, /v1/models.
+"""The ASGI application: /v1/chat/completions, /v1/completions, /v1/models, /v1/sessions, /v1/profiles.
 
 API keys are the platform's: its server puts them in front of every stage's HTTP app.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import datetime
 from typing import Any
@@ -14,25 +13,26 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from loraline.core.errors import LoralineError
 from loraline.core.private_paths import told_to_callers
 from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
 from loraline.inference.http import errors
+from loraline.inference.http.profiles import profile_routes
 from loraline.inference.http.requests import HttpQuestion, chat_question, completion_question, read_body
 from loraline.inference.http.responses import DONE, Kind, Shape, event
 from loraline.inference.http.sessions import session_routes
+from loraline.inference.http.streaming import EventStream, until_disconnect
+from loraline.inference.profiles.registry import Profiles
+from loraline.inference.profiles.relay import Relay
 from loraline.inference.sessions.calls import SessionCalls
-
-_CLIENT_CLOSED_REQUEST = 499
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+from loraline.inference.structured.answering import streamed, whole
 
 
-def create_app(generation: Generation, sessions: SessionCalls) -> Starlette:
+def create_app(generation: Generation, sessions: SessionCalls, profiles: Profiles, relay: Relay) -> Starlette:
     """Return the application; it needs nothing started, and answers 503 while no model is loaded."""
     routes = _Routes(generation)
     return Starlette(
@@ -42,6 +42,7 @@ def create_app(generation: Generation, sessions: SessionCalls) -> Starlette:
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
             *session_routes(sessions),
+            *profile_routes(generation, profiles, relay),
         ],
         exception_handlers={
             LoralineError: errors.on_loraline_error,
@@ -94,43 +95,37 @@ class _Routes:
 
     async def _respond(self, request: Request, kind: Kind, asked: HttpQuestion) -> Response:
         if not asked.stream:
-            return await _until_disconnect(request, self._whole(kind, asked))
+            return await until_disconnect(request, self._whole(kind, asked))
         stream = self._events(kind, asked)
         try:
             # Whatever fails before the first token is a plain HTTP error, not an event in a stream that began well.
-            first = await _until_disconnect(request, anext(stream))
+            first = await until_disconnect(request, anext(stream))
         except BaseException:
             await stream.aclose()
             raise
         if isinstance(first, Response):
             await stream.aclose()
             return first
-        return _EventStream(first, stream)
+        return EventStream(first, stream)
 
     async def _whole(self, kind: Kind, asked: HttpQuestion) -> Response:
-        async with self._generation.answer(asked.question) as answer:
-            async with aclosing(answer.pieces()) as pieces:
-                async for _ in pieces:
-                    pass
-            await answer.keep()
-            return JSONResponse(Shape(kind, answer, include_usage=True).whole())
+        answer = await whole(self._generation, asked.question)
+        return JSONResponse(Shape(kind, answer, include_usage=True).whole())
 
     async def _events(self, kind: Kind, asked: HttpQuestion) -> AsyncGenerator[bytes, None]:
         begun = False
         try:
-            async with self._generation.answer(asked.question) as answer:
-                shape = Shape(kind, answer, include_usage=asked.include_usage)
-                async with aclosing(answer.pieces()) as pieces:
-                    async for piece in pieces:
-                        if piece.finish_reason:
-                            await answer.keep()
-                        content = shape.piece(piece)
-                        if content is not None:
-                            yield event(content)
-                            begun = True
-                last = shape.last()
-                if last is not None:
-                    yield event(last)
+            shape = None
+            async with aclosing(streamed(self._generation, asked.question)) as pieces:
+                async for answer, piece in pieces:
+                    shape = shape or Shape(kind, answer, include_usage=asked.include_usage)
+                    content = shape.piece(piece)
+                    if content is not None:
+                        yield event(content)
+                        begun = True
+            last = shape.last() if shape else None
+            if last is not None:
+                yield event(last)
             yield DONE
         except LoralineError as error:
             if not begun:
@@ -148,46 +143,3 @@ def _entry(name: str, loaded: datetime, parent: str | None) -> dict[str, Any]:
         "parent": parent,
         "aliases": [],
     }
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; the source is closed however the response ends, and the engine's slot with it."""
-
-    def __init__(self, first: bytes, source: AsyncGenerator[bytes, None]):
-        self._source = source
-        super().__init__(_chain(first, source), media_type="text/event-stream", headers=_STREAM_HEADERS)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._source.aclose()
-
-
-async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    yield first
-    async for item in rest:
-        yield item
-
-
-async def _until_disconnect(request: Request, work: Any) -> Any:
-    """Await the work, or cancel it when the client goes away; a Response with status 499 says so in the log."""
-    task, gone = asyncio.ensure_future(_as_coroutine(work)), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _as_coroutine(work: Coroutine[Any, Any, Any]) -> Any:
-    return await work
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -68,7 +68,8 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """Answer Starlette's own errors: unknown routes and methods."""
     status = getattr(error, "status_code", 500)
     message = (
-        f"There is no {request.method} {request.url.path}. There are /v1/chat/completions, /v1/completions, /v1/models."
+        f"There is no {request.method} {request.url.path}. There are /v1/chat/completions, /v1/completions, "
+        "/v1/models, /v1/profiles and /v1/sessions."
     )
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "unknown_url"}}
     return JSONResponse(body, status)

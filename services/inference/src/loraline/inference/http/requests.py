@@ -9,9 +9,10 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from loraline.core.errors import LoralineError, invalid_argument
-from loraline.inference.engines.port import Constraint, Sampling
-from loraline.inference.generation import Question
+from loraline.core.errors import invalid_argument
+from loraline.inference.http import parameters
+from loraline.inference.http.shapes import SHAPE_PARAMETERS, asked_shape
+from loraline.inference.question import Question
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
 _SHARED = {
@@ -29,8 +30,8 @@ _SHARED = {
     "frequency_penalty",
     "repetition_penalty",
     "user",
-}
-_CHAT = _SHARED | {"messages", "session", "max_completion_tokens", "response_format"}
+} | SHAPE_PARAMETERS
+_CHAT = _SHARED | {"messages", "session", "max_completion_tokens"}
 _COMPLETION = _SHARED | {"prompt"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
@@ -82,14 +83,15 @@ async def read_body(request: Request) -> dict[str, Any]:
 def chat_question(body: Mapping[str, Any], most_tokens: int) -> HttpQuestion:
     """Read a body of /v1/chat/completions. `most_tokens` is the answer's limit when the client sets none."""
     _refuse_unknown(body, _CHAT)
-    limit = _integer(body, "max_completion_tokens", 1) or _integer(body, "max_tokens", 1) or most_tokens
+    limits = (parameters.integer(body, name, 1) for name in ("max_completion_tokens", "max_tokens"))
+    limit = next((limit for limit in limits if limit), most_tokens)
     question = Question(
         # A session remembers whom it talks to.
-        model=_text(body, "model") if body.get("session") else _model(body),
-        sampling=_sampling(body, limit),
+        model=parameters.text(body, "model") if body.get("session") else _model(body),
+        sampling=parameters.sampling(body, limit),
         messages=_messages(body.get("messages")),
-        constraint=_response_format(body.get("response_format")),
-        session=_text(body, "session"),
+        session=parameters.text(body, "session"),
+        **asked_shape(body),
     )
     return _http_question(body, question)
 
@@ -101,18 +103,20 @@ def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, list) and not all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
-        raise _wrong("prompt", "must be one text or one list of token ids; send several prompts as several requests")
+        raise parameters.wrong(
+            "prompt", "must be one text or one list of token ids; send several prompts as several requests"
+        )
     if not isinstance(prompt, str | list) or not prompt:
-        raise _wrong("prompt", "must be a text or a list of token ids, and not empty")
-    sampling = _sampling(body, _integer(body, "max_tokens", 1) or 16)
-    return _http_question(body, Question(model=_model(body), sampling=sampling, prompt=prompt))
+        raise parameters.wrong("prompt", "must be a text or a list of token ids, and not empty")
+    sampling = parameters.sampling(body, parameters.integer(body, "max_tokens", 1) or 16)
+    return _http_question(body, Question(model=_model(body), sampling=sampling, prompt=prompt, **asked_shape(body)))
 
 
 def _http_question(body: Mapping[str, Any], question: Question) -> HttpQuestion:
     options = body.get("stream_options") or {}
     unknown = set(options) - {"include_usage", "include_obfuscation"} if isinstance(options, dict) else {"it"}
     if unknown:
-        raise _wrong("stream_options", f"has {', '.join(sorted(unknown))}; only include_usage is supported")
+        raise parameters.wrong("stream_options", f"has {', '.join(sorted(unknown))}; only include_usage is supported")
     return HttpQuestion(question, bool(body.get("stream")), bool(options.get("include_usage")))
 
 
@@ -125,98 +129,39 @@ def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
-def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(text, str) for text in stop):
-        raise _wrong("stop", "must be a text or a list of at most 16 texts")
-    return Sampling(
-        max_tokens=max_tokens,
-        temperature=_number(body, "temperature", 1.0, 0, 2),
-        top_p=_number(body, "top_p", 1.0, 1e-9, 1),
-        top_k=max(0, _integer(body, "top_k", -1) or 0),
-        stop=tuple(stop),
-        seed=_integer(body, "seed", -(2**63)),
-        repetition_penalty=_number(body, "repetition_penalty", 1.0, 1e-9, 100),
-        presence_penalty=_number(body, "presence_penalty", 0.0, -2, 2),
-        frequency_penalty=_number(body, "frequency_penalty", 0.0, -2, 2),
-        n=_integer(body, "n", 1) or 1,
-    )
-
-
 def _messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise _wrong("messages", "must be a list with at least one message")
+        raise parameters.wrong("messages", "must be a list with at least one message")
     return [_message(position, message) for position, message in enumerate(value)]
 
 
 def _message(position: int, message: Any) -> dict[str, str]:
     where = f"messages[{position}]"
     if not isinstance(message, dict):
-        raise _wrong("messages", f"holds something that is no message at {where}")
+        raise parameters.wrong("messages", f"holds something that is no message at {where}")
     extra = [name for name, value in message.items() if name not in ("role", "content") and value not in (None, [])]
     if extra:
-        raise _wrong("messages", f"has {extra[0]} at {where}, which this server does not support")
+        raise parameters.wrong("messages", f"has {extra[0]} at {where}, which this server does not support")
     role, content = _ROLES.get(str(message.get("role"))), message.get("content")
     if role is None:
-        raise _wrong("messages", f"has role {message.get('role')!r} at {where}; known are {', '.join(_ROLES)}")
+        raise parameters.wrong(
+            "messages", f"has role {message.get('role')!r} at {where}; known are {', '.join(_ROLES)}"
+        )
     if isinstance(content, list):
         if not all(
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
             for part in content
         ):
-            raise _wrong("messages", f"has a part at {where} that is no text; only text is supported")
+            raise parameters.wrong("messages", f"has a part at {where} that is no text; only text is supported")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise _wrong("messages", f"has no text as content at {where}")
+        raise parameters.wrong("messages", f"has no text as content at {where}")
     return {"role": role, "content": content}
-
-
-def _response_format(value: Any) -> Constraint | None:
-    if value is None or value == {"type": "text"}:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "json_object":
-        return Constraint("json_object")
-    schema = value.get("json_schema") if kind == "json_schema" else None
-    if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
-        return Constraint("json_schema", schema["schema"])
-    raise _wrong("response_format", "must be of type text, json_object, or json_schema with json_schema.schema")
 
 
 def _model(body: Mapping[str, Any]) -> str:
     """Return the model's name. A body without one is refused: which model it meant would be a guess."""
-    name = _text(body, "model")
+    name = parameters.text(body, "model")
     if not name:
-        raise _wrong("model", "is missing; name the base or an adapter, as GET /v1/models lists them")
+        raise parameters.wrong("model", "is missing; name the base or an adapter, as GET /v1/models lists them")
     return name
-
-
-def _text(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise _wrong(name, "must be a text")
-    return value or ""
-
-
-def _integer(body: Mapping[str, Any], name: str, least: int) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or value >= 2**63:
-        raise _wrong(name, f"must be a whole number of at least {least}")
-    return value
-
-
-def _number(body: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise _wrong(name, f"must be a number from {least:g} to {most:g}")
-    return float(value)
-
-
-def _wrong(name: str, problem: str) -> LoralineError:
-    message = f"{name} {problem}."
-    return invalid_argument("INVALID_PARAMETER", message, **{name: message})

@@ -26,6 +26,9 @@ class Asked:
     language: str = ""
     forbid: tuple[str, ...] = ()
     retries: int | None = None
+    fields_path: str = "profile_input"
+    """How the request calls its fields, for refusals."""
+    text_path: str = "messages"
 
 
 def default_sampling(profile: Profile, most_tokens: int) -> Sampling:
@@ -44,11 +47,11 @@ def question_of(profile: Profile, asked: Asked, sampling: Sampling) -> Question:
 
     Fields and free text may be given together or one without the other; required fields only where there is no text.
     """
-    _check_text(profile, asked.text)
-    lines = [*_lines(profile, asked.fields or {}, bool(asked.text.strip()))]
+    _check_text(profile, asked)
+    lines = _lines(profile, asked.fields or {}, asked)
     words = "\n\n".join(part for part in ("\n".join(lines), asked.text.strip()) if part)
     if not words:
-        raise _wrong("profile_input", f"nothing was asked of {profile.name}; give {_wanted(profile)}")
+        raise _wrong(asked.fields_path, f"nothing was asked of {profile.name}; give {_wanted(profile)}")
     system = [{"role": "system", "content": profile.system_prompt}] if profile.system_prompt else []
     return Question(
         model=asked.model,
@@ -62,26 +65,29 @@ def question_of(profile: Profile, asked: Asked, sampling: Sampling) -> Question:
     )
 
 
-def _check_text(profile: Profile, text: str) -> None:
-    if text.strip() and not profile.input.free_text:
-        raise _wrong("messages", f"{profile.name} takes no free text; give {_wanted(profile)}")
-    if len(text) > profile.input.max_text:
-        raise _wrong("messages", f"the text has {len(text)} characters; {profile.name} takes {profile.input.max_text}")
+def _check_text(profile: Profile, asked: Asked) -> None:
+    most, length = profile.input.max_text, len(asked.text)
+    if asked.text.strip() and not profile.input.free_text:
+        raise _wrong(asked.text_path, f"{profile.name} takes no free text; give {_wanted(profile)}")
+    if length > most:
+        raise _wrong(asked.text_path, f"the text has {length} characters; {profile.name} takes at most {most}")
 
 
-def _lines(profile: Profile, fields: Mapping[str, Any], with_text: bool) -> list[str]:
+def _lines(profile: Profile, fields: Mapping[str, Any], asked: Asked) -> list[str]:
     known = profile.input.fields
     unknown = [name for name in fields if name not in known]
     if unknown:
-        raise _wrong(f"profile_input.{unknown[0]}", f"{profile.name} has no such field; it takes {_wanted(profile)}")
+        path = f"{asked.fields_path}.{unknown[0][:80]}"
+        raise _wrong(path, f"{profile.name} has no such field; it takes {_wanted(profile)}")
     lines = []
     for name, field in known.items():
-        value = _text_of(f"profile_input.{name}", fields.get(name))
+        path = f"{asked.fields_path}.{name}"
+        value = _text_of(path, fields.get(name))
         if value:
-            _check_value(f"profile_input.{name}", field, value)
+            _check_value(path, field, value)
             lines.append(f"{field.label or name}: {value}")
-        elif field.required and not with_text:
-            raise _wrong(f"profile_input.{name}", "it is missing; give it, or free text")
+        elif field.required and not asked.text.strip():
+            raise _wrong(path, "it is missing; give it, or free text" if profile.input.free_text else "it is missing")
     return lines
 
 

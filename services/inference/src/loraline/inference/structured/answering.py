@@ -21,7 +21,7 @@ async def whole(generation: Generation, question: Question) -> Answer:
     """Return a finished answer that is what was asked, after at most `question.retries` further tries."""
     for attempt in range(question.retries + 1):
         try:
-            async with generation.answer(_attempt(question, attempt)) as answer:
+            async with generation.answer(again(question, attempt)) as answer:
                 async with aclosing(answer.pieces()) as pieces:
                     async for _ in pieces:
                         pass
@@ -61,7 +61,7 @@ def tried_again(generation: Generation, question: Question, attempt: int, error:
     return again
 
 
-def _attempt(question: Question, attempt: int) -> Question:
+def again(question: Question, attempt: int) -> Question:
     """Return the question with another seed at each further try: the same would give the same answer."""
     seed = question.sampling.seed
     if seed is None or not attempt:
