@@ -6,6 +6,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import grpc
+
 from loraline.core.errors import LoralineError
 from loraline.core.serving.auth import (
     ANONYMOUS,
@@ -16,6 +18,7 @@ from loraline.core.serving.auth import (
     set_principal,
     unknown_key,
 )
+from loraline.core.serving.http_body_key import BODY_KEY_PATHS, read_key
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,11 +30,17 @@ OPEN_PATHS = frozenset({"/health", "/healthz"})
 OPERATE_PREFIXES = ("/admin/",)
 """Paths that need `operate`; all others are open to `chat` too."""
 
+_STATUSES = {
+    grpc.StatusCode.UNAUTHENTICATED: (401, "authentication_error"),
+    grpc.StatusCode.PERMISSION_DENIED: (403, "permission_error"),
+}
+
 
 class HttpKeyAuth:
     """ASGI middleware: lets a request through when its key is known and its role suffices; 401 or 403 otherwise.
 
-    The key is read from `Authorization: Bearer` or `x-api-key`. `ring` None means that authentication is off. The
+    The key is read from `Authorization: Bearer` or `x-api-key`, and on the paths `body_key_paths` from `api_key` in a
+    JSON body where no header has one. `ring` None means that authentication is off. The
     caller is in `scope["state"]["principal"]` and in `current_principal()`.
     """
 
@@ -42,11 +51,13 @@ class HttpKeyAuth:
         *,
         open_paths: frozenset[str] = OPEN_PATHS,
         operate_prefixes: tuple[str, ...] = OPERATE_PREFIXES,
+        body_key_paths: frozenset[str] = BODY_KEY_PATHS,
     ):
         self._app = app
         self._ring = ring
         self._open_paths = open_paths
         self._operate_prefixes = operate_prefixes
+        self._body_key_paths = body_key_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -54,7 +65,10 @@ class HttpKeyAuth:
             await self._app(scope, receive, send)
             return
         try:
-            principal = self._authenticate(scope)
+            key = _key_of(scope)
+            if not key and self._ring is not None and self._takes_key_in_body(scope):
+                key, receive = await read_key(receive)
+            principal = self._authenticate(scope, key)
         except LoralineError as error:
             await _refuse(scope, receive, send, error)
             return
@@ -62,13 +76,15 @@ class HttpKeyAuth:
         set_principal(principal)
         await self._app(scope, receive, send)
 
-    def _authenticate(self, scope: Scope) -> Principal | None:
+    def _takes_key_in_body(self, scope: Scope) -> bool:
+        return scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._body_key_paths
+
+    def _authenticate(self, scope: Scope, key: str) -> Principal | None:
         if self._ring is None:
             return ANONYMOUS
         path = scope["path"]
         if scope["type"] == "http" and path in self._open_paths:
             return None
-        key = _key_of(scope)
         if not key:
             raise missing_key()
         principal = self._ring.verify(key)
@@ -93,11 +109,10 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: LoralineErr
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": error.reason})
         return
-    denied = error.reason == "ROLE_MISSING"
-    kind = "permission_error" if denied else "authentication_error"
+    status, kind = _STATUSES.get(error.code, (400, "invalid_request_error"))
     body = json.dumps({"error": {"message": error.message, "type": kind, "param": None, "code": error.reason.lower()}})
     headers = [(b"content-type", b"application/json")]
-    if not denied:
+    if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": 403 if denied else 401, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body.encode()})
