@@ -1,4 +1,4 @@
-"""The ASGI application: /v1/chat/completions, /v1/completions, /v1/models, /v1/sessions, /v1/profiles.
+"""The ASGI application: /v1/chat/completions, /v1/completions, /v1/models, /v1/sessions, /v1/profiles, /generate.
 
 API keys are the platform's: its server puts them in front of every stage's HTTP app.
 """
@@ -21,6 +21,7 @@ from loraline.core.private_paths import told_to_callers
 from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
 from loraline.inference.http import errors
+from loraline.inference.http.generate import generate_route
 from loraline.inference.http.profiles import profile_routes
 from loraline.inference.http.requests import HttpQuestion, chat_question, completion_question, read_body
 from loraline.inference.http.responses import DONE, Kind, Shape, event
@@ -41,6 +42,7 @@ def create_app(generation: Generation, sessions: SessionCalls, profiles: Profile
             Route("/v1/completions", routes.completions, methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
+            generate_route(generation),
             *session_routes(sessions),
             *profile_routes(generation, profiles, relay),
         ],
