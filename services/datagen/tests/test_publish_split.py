@@ -10,6 +10,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraline.api.artifact.v1 import artifact_pb2
 from loraline.datagen.digest_set import DigestSet
 from loraline.datagen.publish.card import DataCard
 from loraline.datagen.publish.split import validation_rows
@@ -100,6 +101,7 @@ def test_spooled_rows_all_arrive_once_and_in_order(tmp_path_factory, drawn, drop
 
 def test_the_card_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
     texts: list[bytes] = []
+    raw = artifact_pb2.ArtifactRef(kind=artifact_pb2.ARTIFACT_KIND_SOURCE, name="raw", version=1, digest="sha256:12")
     for name in ("a", "b"):
         spool = RowSpool(tmp_path, drop_duplicates=True)
         for number in range(30):
@@ -107,7 +109,7 @@ def test_the_card_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         train, validation = spool.write(folder, 0.1, 0)
-        DataCard("x", train, validation, spool.statistics, spool.outcomes, {"s": 1}, ["source/raw:v1"]).write(folder)
+        DataCard("x", train, validation, spool.statistics, spool.outcomes, {"s": 1}, [raw]).write(folder)
         texts.append(b"".join(path.read_bytes() for path in sorted(folder.iterdir())))
     assert texts[0] == texts[1]
     card = json.loads((tmp_path / "a" / "data_card.json").read_text())

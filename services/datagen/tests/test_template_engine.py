@@ -45,7 +45,7 @@ def test_rows_are_different_up_to_the_last_one_that_there_is() -> None:
     with pytest.raises(LoralineError) as caught:
         generate(template_of(recipe(621), "t"), 3)
     assert (caught.value.reason, caught.value.code.name) == ("TEMPLATE_SPACE_TOO_SMALL", "FAILED_PRECONDITION")
-    assert caught.value.metadata == {"wanted": "621", "possible": "620"}
+    assert caught.value.metadata == {"wanted": "621", "possible": "620", "source": "template"}
 
 
 def test_draws_that_read_the_same_are_one_row() -> None:

@@ -7,26 +7,32 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.core.artifacts.refs import format_ref
+from loraline.core.errors import LoralineError
 from loraline.core.jobs.context import JobContext
 from loraline.datagen.convert.engine import ConvertCounts
 from loraline.datagen.publish.card import DataCard
+from loraline.datagen.publish.facts import convert_facts, gate_facts, template_facts
+from loraline.datagen.publish.outcomes import OutcomeCounter
 from loraline.datagen.publish.spool import RowSpool
 from loraline.datagen.quality.checks import check_folder
 from loraline.datagen.quality.findings import Finding
 from loraline.datagen.quality.gate import Gate, refusal
 from loraline.datagen.quality.report import write_report
-from loraline.datagen.quality.request import gate_of, settings_of
+from loraline.datagen.quality.request import for_recipe, gate_of, settings_of
 from loraline.datagen.quality.rows import RowCheck
 from loraline.datagen.rows import Row
-from loraline.datagen.sources import convert_rows, template_rows
+from loraline.datagen.sources import convert_rows, located, template_rows
 from loraline.datagen.spec import named_sources, split_of
+
+if TYPE_CHECKING:
+    from loraline.datagen.llms.intake import Intake
 
 REPORT_EVERY = 500
 
@@ -56,6 +62,7 @@ class _DatasetJob:
         self._fraction, self._seed = split_of(sources_of.split)
         self._outcomes: Counter[str] = Counter()
         self._told: list[Mapping[str, Any]] = []
+        self._answers: dict[str, int] = {}
         self._total = sum(source.template.rows + source.llm.rows for _, source in sources)
 
     def run(self) -> datagen_pb2.DatasetResult:
@@ -65,29 +72,62 @@ class _DatasetJob:
             for index, (name, source) in enumerate(self._sources):
                 self._take(index, name, source, spool)
             return self._publish(spool)
+        except LoralineError as error:
+            if any(self._answers.values()):
+                error.message = f"{error.message} {self._recorded()}"
+            raise
         finally:
             spool.close()
+
+    def _recorded(self) -> str:
+        count = sum(self._answers.values())
+        return (
+            f"{count} answer{'s' if count != 1 else ''} of language models {'are' if count != 1 else 'is'} recorded; a "
+            "new job with the same recipe, seed and name of the source starts from them and pays for none again, "
+            "until this job is deleted."
+        )
 
     def _take(self, index: int, name: str, source: datagen_pb2.DatasetSource, spool: RowSpool) -> None:
         kind = source.WhichOneof("source")
         if kind == "convert":
             counts = ConvertCounts()
             rows = convert_rows(source.convert, self._context.settings.allowed_paths, self._context.fetch, counts)
-            self._spool(rows, name, spool)
-            self._tell_convert(name, counts)
+            made = self._spool(index, rows, name, spool, counts.outcomes)
+            self._tell_convert(name, counts, {**convert_facts(source.convert), "outcomes": dict(made)})
         elif kind == "template":
-            self._spool(template_rows(source.template, self._seed, name), name, spool)
-            self._told.append({"name": name, "kind": "template"})
+            known: Counter[str] = Counter()
+
+            def stands_already(messages: list[dict[str, str]]) -> bool:
+                known["duplicate"] += spool.has(messages)
+                return spool.has(messages)
+
+            rows = template_rows(source.template, self._seed, name, stands_already)
+            made = self._spool(index, rows, name, spool, known)
+            self._outcomes.update(known)
+            facts = template_facts(source.template, name, self._seed)
+            self._told.append({"name": name, "kind": "template", "outcomes": dict(made), "in_force": facts})
         else:
             self._ask(index, name, source.llm, spool)
 
-    def _spool(self, rows: Iterator[Row], name: str, spool: RowSpool) -> None:
-        for number, row in enumerate(rows):
-            if number % REPORT_EVERY == 0:
-                self._context.check_stop()
-                self._report(name, spool)
-            spool.add(row, name)
+    def _counter(self, part: str) -> OutcomeCounter:
+        return OutcomeCounter(self._context.count, self._context.workdir / f"counted-{part}.json")
+
+    def _spool(
+        self, index: int, rows: Iterator[Row], name: str, spool: RowSpool, others: Counter[str]
+    ) -> Counter[str]:
+        """Take a source's rows in; return what became of its records, `others` included."""
+        before, counter = spool.outcomes.copy(), self._counter(str(index + 1))
+        try:
+            for number, row in enumerate(rows):
+                if number % REPORT_EVERY == 0:
+                    self._context.check_stop()
+                    self._report(name, spool)
+                    counter.tell(spool.outcomes - before + others)
+                spool.add(row, name)
+        finally:
+            counter.tell(spool.outcomes - before + others)
         self._report(name, spool)
+        return spool.outcomes - before + others
 
     def _report(self, name: str, spool: RowSpool, metrics: Mapping[str, float] | None = None) -> None:
         told = {f"rows_{name}": float(spool.outcomes[name]) for name in ("accepted", "duplicate")}
@@ -96,7 +136,7 @@ class _DatasetJob:
             unit="row", metrics={**told, **(metrics or {})},
         )  # fmt: skip
 
-    def _tell_convert(self, name: str, counts: ConvertCounts) -> None:
+    def _tell_convert(self, name: str, counts: ConvertCounts, facts: Mapping[str, Any]) -> None:
         self._outcomes.update(counts.outcomes)
         if counts.bad_records:
             self._context.note(
@@ -110,27 +150,41 @@ class _DatasetJob:
             )  # fmt: skip
         self._told.append({
             "name": name, "kind": "convert", "files": dict(counts.files), "shapes": dict(counts.shapes),
-            "outcomes": dict(counts.outcomes), "turn_notes": dict(counts.notes), "bad_records": counts.bad_records,
-            "ignored_files": counts.ignored_files,
+            "turn_notes": dict(counts.notes), "bad_records": counts.bad_records, "ignored_files": counts.ignored_files,
+            **facts,
         })  # fmt: skip
 
     def _ask(self, index: int, name: str, recipe: datagen_pb2.LlmRecipe, spool: RowSpool) -> None:
         # Here, so that jobs without a language model start without its client.
-        from loraline.datagen.llms.source import job_hooks, llm_rows
+        from loraline.datagen.llms.source import job_hooks, llm_rows, open_ledger
+        from loraline.datagen.llms.texts import open_texts
 
         context = self._context
-        hooks = job_hooks(context, recipe.rows, lambda _, figures: self._report(name, spool, figures))
+
+        def progress(intake: Intake, figures: Mapping[str, float]) -> None:
+            self._answers[name] = intake.answers
+            self._report(name, spool, figures)
+
         folder = context.workdir / f"llm-{index + 1}"
-        check = RowCheck(settings_of(self._request.gate, context.library), self._gate)
+        folder.mkdir(exist_ok=True)
+        texts = None
+        if recipe.HasField("texts"):
+            texts = open_texts(recipe, folder / "texts", context.settings.allowed_paths, context.fetch)
+        hooks = job_hooks(context, recipe.rows, progress)
+        check = RowCheck(for_recipe(settings_of(self._request.gate, context.library), recipe), self._gate)
         intake = llm_rows(
-            recipe, self._seed, name, folder, lambda row: spool.add(row, name), hooks, context.settings, check
-        )
+            recipe, self._seed, name, folder, lambda row: spool.add(row, name, count=False), hooks,
+            context.settings, check, texts=texts, longest_text=self._request.gate.max_response_characters,
+            ledger=open_ledger(context, index + 1, folder),
+        )  # fmt: skip
         self._outcomes.update(intake.outcomes)
         self._told.append({
             "name": name, "kind": "llm", "recipe": recipe.recipe, "models": dict(intake.models),
-            "outcomes": dict(intake.outcomes), "candidates": intake.candidates, "salvage": dict(intake.rungs),
+            "outcomes": {"accepted": intake.accepted, **intake.outcomes}, "in_force": intake.facts,
+            "candidates": intake.candidates, "salvage": dict(intake.rungs),
             "prompt_tokens": intake.prompt_tokens, "completion_tokens": intake.completion_tokens,
             "cost_usd": round(intake.cost, 6), "unparsable": intake.unparsable,
+            "answers": intake.answers, "answers_reused": intake.reused,
         })  # fmt: skip
 
     def _publish(self, spool: RowSpool) -> datagen_pb2.DatasetResult:
@@ -148,7 +202,7 @@ class _DatasetJob:
         settings.pop("request_id", None)
         DataCard(
             self._request.name, train, validation, spool.statistics, outcomes, settings,
-            [format_ref(ref) for ref in inputs], findings, self._told,
+            inputs, findings, self._told, self._in_force(),
         ).write(folder)  # fmt: skip
         facts = {"rows": train + validation, "train_rows": train, "validation_rows": validation,
                  "answers": spool.statistics.answers, "rows_by_kind": dict(spool.statistics.by_kind)}  # fmt: skip
@@ -168,6 +222,8 @@ class _DatasetJob:
         report = _new_folder(context.workdir / "report") if refused else folder
         write_report(report, self._request.name, folder, check, not refused)
         if refused:
+            rejected = {f"rejected_{finding.code.lower()}": finding.row_count for finding in refused}
+            self._counter("gate").tell(rejected)
             kind = artifact_pb2.ARTIFACT_KIND_REPORT
             facts = {"passed": False, "findings": [finding.code for finding in check.findings]}
             told = publish_folder(context, self._request.name, report, self._inputs(), {}, facts, kind)
@@ -175,8 +231,11 @@ class _DatasetJob:
         return check.findings
 
     def _inputs(self) -> list[artifact_pb2.ArtifactRef]:
-        converts = [source.convert for _, source in self._sources]
-        return [convert.artifact for convert in converts if convert.WhichOneof("location") == "artifact"]
+        return [place.artifact for place in located(source for _, source in self._sources)]
+
+    def _in_force(self) -> dict[str, Any]:
+        """Return the settings of the whole dataset with their defaults."""
+        return {"seed": self._seed, "validation_fraction": self._fraction, **gate_facts(self._request.gate)}
 
 
 def _new_folder(folder: Path) -> Path:

@@ -24,15 +24,18 @@ from loraline.datagen.config import DatagenSettings
 from loraline.datagen.convert.files import find_files
 from loraline.datagen.llms.endpoint import endpoints_of, from_environment, probe
 from loraline.datagen.llms.recipes import RECIPES
+from loraline.datagen.llms.texts import TEXT_FILES
 from loraline.datagen.metrics import DatagenMetrics
 from loraline.datagen.preview import preview
 from loraline.datagen.publish.split import DEFAULT_FRACTION
 from loraline.datagen.quality.request import gate_of, resolve_base_model
+from loraline.datagen.sources import Location, located
 from loraline.datagen.spec import check_source, named_sources
 
 CONVERT = JobHandler("datagen.convert", datagen_pb2.ConvertDatasetRequest, "loraline.datagen.job:convert_dataset")
 GENERATE = JobHandler("datagen.generate", datagen_pb2.GenerateDatasetRequest, "loraline.datagen.job:generate_dataset")
 CHECK = JobHandler("datagen.check", datagen_pb2.CheckDatasetRequest, "loraline.datagen.quality.job:check_dataset")
+_JSON = datagen_pb2.OUTPUT_FORMAT_JSON
 HANDLERS = (CONVERT, GENERATE, CHECK)
 
 DatasetRequest = TypeVar(
@@ -87,20 +90,24 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
         if source.convert.WhichOneof("location") == "path":
             path = allowed_path(source.convert.path, self._platform.settings.allowed_paths, f"{field}.path")
             await asyncio.to_thread(find_files, path, source.convert.subpath)
+        texts = source.llm.texts
+        if texts.path:
+            path = allowed_path(texts.path, self._platform.settings.allowed_paths, f"{field}.llm.texts.path")
+            await asyncio.to_thread(find_files, path, texts.subpath, types=TEXT_FILES)
 
     async def _resolve_sources(
         self, spec: datagen_pb2.ConvertDatasetRequest | datagen_pb2.GenerateDatasetRequest
     ) -> list[artifact_pb2.ArtifactRef]:
         """Make the references in the spec exact, so that the job reads what was there when the call was accepted."""
         if isinstance(spec, datagen_pb2.ConvertDatasetRequest):
-            converts = [spec.source]
+            by_artifact = spec.source.WhichOneof("location") == "artifact"
+            places: list[Location] = [spec.source] if by_artifact else []
         else:
-            converts = [source.convert for source in spec.sources if source.WhichOneof("source") == "convert"]
+            places = located(spec.sources)
         inputs: list[artifact_pb2.ArtifactRef] = []
-        for convert in converts:
-            if convert.WhichOneof("location") == "artifact":
-                convert.artifact.CopyFrom(await self._resolve(convert.artifact))
-                inputs.append(convert.artifact)
+        for place in places:
+            place.artifact.CopyFrom(await self._resolve(place.artifact))
+            inputs.append(place.artifact)
         return inputs
 
     async def _resolve_gate(self, gate: datagen_pb2.QualityGate) -> list[artifact_pb2.ArtifactRef]:
@@ -163,7 +170,9 @@ class DatagenServicer(datagen_pb2_grpc.DatagenServiceServicer):
         recipes = [
             datagen_pb2.Recipe(
                 name=name, description=RECIPES[name].description, item_schema=_struct(RECIPES[name].item_schema),
-                system_prompt=RECIPES[name].system_prompt,
+                system_prompt=RECIPES[name].system_prompt, requires=RECIPES[name].requires,
+                profits_from=RECIPES[name].profits_from,
+                answer_format=_JSON if RECIPES[name].format == "json" else datagen_pb2.OUTPUT_FORMAT_UNSPECIFIED,
             )
             for name in page
         ]  # fmt: skip

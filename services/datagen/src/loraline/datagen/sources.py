@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from loraline.api.artifact.v1 import artifact_pb2
@@ -12,7 +12,7 @@ from loraline.datagen.convert.engine import ConvertCounts, convert
 from loraline.datagen.convert.files import SourceFiles, find_files
 from loraline.datagen.rows import Row
 from loraline.datagen.spec import convert_of, template_of
-from loraline.datagen.template.engine import generate
+from loraline.datagen.template.engine import Known, generate
 
 Fetch = Callable[[artifact_pb2.ArtifactRef], Path]
 
@@ -32,6 +32,22 @@ def convert_rows(
     return convert(locate(source, allowed, fetch), convert_of(source), counts)
 
 
-def template_rows(recipe: datagen_pb2.TemplateRecipe, seed: int, name: str) -> Iterator[Row]:
-    """Yield the rows of a template recipe."""
-    return generate(template_of(recipe, name), seed, name)
+def template_rows(
+    recipe: datagen_pb2.TemplateRecipe, seed: int, name: str, stands_already: Known = lambda _: False
+) -> Iterator[Row]:
+    """Yield the rows of a template recipe, and none that `stands_already` in the dataset."""
+    return generate(template_of(recipe, name), seed, name, stands_already)
+
+
+Location = datagen_pb2.ConvertSource | datagen_pb2.TextSource
+
+
+def located(sources: Iterable[datagen_pb2.DatasetSource]) -> list[Location]:
+    """Return the parts of the sources that name an artifact."""
+    parts: list[Location] = []
+    for source in sources:
+        if source.convert.WhichOneof("location") == "artifact":
+            parts.append(source.convert)
+        elif source.llm.texts.HasField("artifact"):
+            parts.append(source.llm.texts)
+    return parts

@@ -39,8 +39,8 @@ class Endings:
         intake = self._intake
         counts = ", ".join(f"{count} {name}" for name, count in sorted(intake.outcomes.items())) or "no items"
         told = (
-            f"{intake.accepted} of {self._settings.rows} rows came out of {intake.candidates} candidates, the most "
-            f"that max_candidates_ratio allows ({counts}). Give more topics, personas or styles, a clearer brief, or a "
+            f"{intake.name}: {intake.accepted} of {self._settings.rows} rows came out of {intake.candidates} candidates, "
+            f"the most that max_candidates_ratio allows ({counts}). Give more topics, personas or styles, a clearer brief, or a "
             "larger max_candidates_ratio."
         )
         if intake.accepted:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from loraline.datagen.digest_set import DigestSet
 from loraline.datagen.llms.ledger import CallRecord
 from loraline.datagen.llms.novelty import InstructionPool
 from loraline.datagen.llms.prompting import LlmSettings
@@ -39,8 +40,10 @@ class Intake:
         self._check = check or RowCheck(CheckSettings(language=settings.language, forbid=settings.forbid))
         self._validator = compiled(settings.recipe.item_schema)
         self._keys = required_keys(settings.recipe.item_schema)
-        self._seen: set[bytes] = set()
+        self._seen = DigestSet()
         self.pool = InstructionPool([prompt for prompt, _ in settings.few_shots])
+        self.facts: Mapping[str, Any] = {}
+        """What the data card tells of the run's settings."""
         self.outcomes: Counter[str] = Counter()
         self.rungs: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
@@ -51,16 +54,27 @@ class Intake:
         self.completion_tokens = 0
         self.cost = 0.0
         self.budget_pauses = 0
+        self.candidate_pauses = 0
+        self.answers = self.reused = 0
+        """Answers taken in, and those of them that another job had paid for."""
 
     @property
     def complete(self) -> bool:
         """Whether all rows wanted are there."""
         return self.accepted >= self._settings.rows
 
+    @property
+    def candidates_left(self) -> int:
+        """Candidates that may still be asked for; each pause for them that was resumed granted them once more."""
+        return self._settings.budget * (self.candidate_pauses + 1) - self.candidates
+
     def take(self, record: CallRecord) -> int:
         """Take one record in; return how many items its answer held."""
         if record.outcome == "budget":
             self.budget_pauses += 1
+            return 0
+        if record.outcome == "candidates":
+            self.candidate_pauses += 1
             return 0
         if record.outcome == "timeout":
             self.outcomes["timeout"] += 1
@@ -71,6 +85,8 @@ class Intake:
             self.outcomes[record.outcome] += record.size
             return 0
         self.models[record.model] += 1
+        self.answers += 1
+        self.reused += bool(record.paid_by)
         self.prompt_tokens += record.prompt_tokens
         self.completion_tokens += record.completion_tokens
         return self._take_answer(record)

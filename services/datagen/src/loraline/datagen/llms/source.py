@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,15 @@ from loraline.api.datagen.v1 import datagen_pb2
 from loraline.core.config import CoreSettings
 from loraline.core.jobs.context import JobContext
 from loraline.datagen.config import DatagenSettings
+from loraline.datagen.llms.answer_index import AnswerIndex
 from loraline.datagen.llms.endpoint import endpoints_of
+from loraline.datagen.llms.facts import llm_facts
 from loraline.datagen.llms.generate import LlmRun
 from loraline.datagen.llms.hooks import Hooks
 from loraline.datagen.llms.intake import Intake
-from loraline.datagen.llms.ledger import CallRecord, Ledger
+from loraline.datagen.llms.ledger import CallRecord, Ledger, NoLedger
+from loraline.datagen.llms.ledger_file import FileLedger
+from loraline.datagen.llms.ledger_table import TableLedger
 from loraline.datagen.llms.request import llm_of
 from loraline.datagen.llms.routes import Pace
 from loraline.datagen.llms.texts import TextStore
@@ -26,9 +31,22 @@ from loraline.datagen.quality.rows import RowCheck
 from loraline.datagen.rows import Row
 
 LIMITS_FOLDER = "llm-limits"
+ANSWERS_INDEX = "llm-answers.db"
+DAY_SECONDS = 86400.0
 
 
-def llm_rows(
+def open_ledger(context: JobContext, source: int, folder: Path) -> Ledger:
+    """Return the ledger of a job's source number `source`, from 1: a file in its folder, or a table where replicas on
+    several machines share a database."""
+    days = DatagenSettings().llm_answers_days
+    since = time.time() - days * DAY_SECONDS if days else math.inf
+    if not context.database.is_sqlite:
+        return TableLedger(context.database, context.job, source, since)
+    index = AnswerIndex(context.settings.data_dir / ANSWERS_INDEX)
+    return FileLedger(folder / "ledger.jsonl", index, since)
+
+
+def llm_rows(  # noqa: PLR0913, PLR0917 (what the service, the job and the dataset bring)
     recipe: datagen_pb2.LlmRecipe,
     seed: int,
     name: str,
@@ -39,12 +57,14 @@ def llm_rows(
     check: RowCheck | None = None,
     texts: TextStore | None = None,
     longest_text: int = 0,
+    ledger: Ledger | None = None,
 ) -> Intake:
     """Ask the recipe's endpoints until all rows were given to `accept`; return the counts. Runs its own event loop.
 
     `check` turns down rows that the dataset's gate would refuse; `longest_text` is the gate's limit of an answer, 0 for
-    that of the rows' kind. `texts` are those of a recipe that reads some. `folder` keeps the ledger and
-    `unparsable.jsonl` (answers that held no item, with the reason); None keeps nothing.
+    that of the rows' kind. `texts` are those of a recipe that reads some. `folder` keeps
+    `unparsable.jsonl` (answers that held no item, with the reason), `ledger` the calls; None keeps nothing. The ledger
+    is closed at the end.
     """
     settings, own = replace(llm_of(recipe, name), texts=texts, longest_text=longest_text), DatagenSettings()
     endpoints = endpoints_of(recipe)
@@ -52,10 +72,11 @@ def llm_rows(
         own.llm_concurrency, own.llm_backoff_seconds,
         limits_folder=core.data_dir / LIMITS_FOLDER if core else None, probe_seconds=own.probe_timeout_seconds,
     )  # fmt: skip
-    ledger = Ledger(folder / "ledger.jsonl" if folder else None)
+    ledger = ledger or NoLedger()
     try:
         with _Unparsable(folder) as unparsable:
             intake = Intake(settings, name, accept, unparsable.write, check)
+            intake.facts = llm_facts(settings, endpoints, seed)
             asyncio.run(LlmRun(settings, endpoints, ledger, intake, seed, hooks, pace).run())
     finally:
         ledger.close()
@@ -94,7 +115,10 @@ class _Unparsable:
     """The file of answers that held no item, written anew by each attempt: the ledger tells them all again."""
 
     def __init__(self, folder: Path | None):
-        self._file = (folder / "unparsable.jsonl").open("w", encoding="utf-8", errors="replace") if folder else None
+        self._file = None
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "unparsable.jsonl").open("w", encoding="utf-8", errors="replace")
 
     def __enter__(self) -> _Unparsable:
         return self

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from loraline.datagen.digest_set import DigestSet
 from loraline.datagen.publish.split import DIGEST_BYTES, validation_rows
@@ -84,10 +84,14 @@ class RowSpool:
         self.statistics = RowStatistics()
         self.outcomes: Counter[str] = Counter()
 
-    def add(self, row: Row, source: str) -> bool:
-        """Take a row in; False when it is left out as an exact duplicate."""
+    def has(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a row of these messages would be left out as an exact duplicate."""
+        return self._drop and row_digest(messages) in self._seen
+
+    def add(self, row: Row, source: str, *, count: bool = True) -> bool:
+        """Take a row in; False when it is left out as an exact duplicate, which is counted unless `count` is off."""
         if self._drop and not self._seen.add(row_digest(row.messages)):
-            self.outcomes["duplicate"] += 1
+            self.outcomes["duplicate"] += count
             return False
         self._file.write(row.to_line() + "\n")
         self._prompts += prompt_digest(row.messages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -78,6 +79,14 @@ def settings_of(gate: datagen_pb2.QualityGate, library: ArtifactLibrary) -> Chec
         tokenizer=_tokenizer(gate.base_model, library) if gate.HasField("base_model") else None,
         similarity=gate.near_duplicate_similarity or SIMILARITY,
     )
+
+
+def for_recipe(settings: CheckSettings, recipe: datagen_pb2.LlmRecipe) -> CheckSettings:
+    """Return the settings for the rows of one recipe: its own language unless the gate names one."""
+    return replace(
+        settings, forbid=settings.forbid | {FORBIDDEN[text] for text in recipe.forbid},
+        language=settings.language or cast(Language, recipe.language),
+    )  # fmt: skip
 
 
 def _tokenizer(base_model: artifact_pb2.ArtifactRef, library: ArtifactLibrary) -> Path:

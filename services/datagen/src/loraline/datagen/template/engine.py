@@ -6,7 +6,7 @@ import json
 import random
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from math import prod
@@ -18,6 +18,7 @@ from loraline.datagen.rows import Row, conversation, row_digest
 from loraline.datagen.template.places import fill
 
 TemplateFormat = Literal["newline", "json"]
+Known = Callable[[list[dict[str, str]]], bool]
 WEIGHTED_TRIES = 32
 UNIFORM_TRIES = 64
 
@@ -73,14 +74,16 @@ class _Draw:
         return min(at, len(self.cumulative) - 1)
 
 
-def generate(settings: TemplateSettings, seed: int, name: str = "template") -> Iterator[Row]:
-    """Yield exactly settings.rows rows, all different.
+def generate(
+    settings: TemplateSettings, seed: int, name: str = "template", stands_already: Known = lambda _: False
+) -> Iterator[Row]:
+    """Yield exactly settings.rows rows, all different, and none that `stands_already` in the dataset.
 
     FAILED_PRECONDITION before the first row when pools and templates cannot give so many, and at the point where they
     are used up when different draws read the same.
     """
     _check_space(settings, name)
-    return _rows(settings, seed, name)
+    return _rows(settings, seed, name, stands_already)
 
 
 def _check_space(settings: TemplateSettings, name: str) -> None:
@@ -89,28 +92,31 @@ def _check_space(settings: TemplateSettings, name: str) -> None:
         raise _too_small(settings, name, possible)
 
 
-def _too_small(settings: TemplateSettings, name: str, possible: int) -> LoralineError:
+def _too_small(settings: TemplateSettings, name: str, possible: int, standing: int = 0) -> LoralineError:
     given: Counter[int] = Counter()
     for template in settings.templates:
         given[template.number] += settings.combinations(template)
     each = "; ".join(f"templates[{number}] gives {count}" for number, count in list(given.items())[:10])
+    elsewhere = f", and {standing} that other sources of the dataset have already" if standing else ""
     return failed_precondition(
         "TEMPLATE_SPACE_TOO_SMALL",
-        f"{name}: {settings.rows} different rows are wanted, and pools and templates give {possible} ({each}). "
+        f"{name}: {settings.rows} different rows are wanted, and pools and templates give {possible} ({each})"
+        f"{elsewhere}. "
         "Add values to the pools, add templates, or ask for fewer rows.",
         wanted=str(settings.rows),
         possible=str(possible),
+        source=name,
     )
 
 
-def _rows(settings: TemplateSettings, seed: int, name: str) -> Iterator[Row]:
+def _rows(settings: TemplateSettings, seed: int, name: str, stands_already: Known) -> Iterator[Row]:
     random_source = random.Random(f"template:{seed}")  # noqa: S311 - reproducible draws, no secrets
     formats = _format_sequence(settings, random_source)
-    drawer = _Drawer(settings, random_source)
+    drawer = _Drawer(settings, random_source, stands_already)
     for number, row_format in enumerate(formats, start=1):
         drawn = drawer.next_row(row_format)
         if drawn is None:
-            raise _too_small(settings, name, number - 1)
+            raise _too_small(settings, name, number - 1, drawer.standing)
         index, messages = drawn
         rule = f"templates[{settings.templates[index].number}]"
         yield Row(messages, settings.kind, rule, f"{name}:{number}", row_format)
@@ -133,8 +139,10 @@ def _format_sequence(settings: TemplateSettings, random_source: random.Random) -
 class _Drawer:
     """Draws rows that were not drawn before."""
 
-    def __init__(self, settings: TemplateSettings, random_source: random.Random):
-        self._settings = settings
+    def __init__(self, settings: TemplateSettings, random_source: random.Random, stands_already: Known):
+        self._settings, self._stands_already = settings, stands_already
+        self.standing = 0
+        """Rows drawn that other sources have already."""
         self._random = random_source
         self._templates = _Draw([template.weight for template in settings.templates])
         self._spaces = _Draw([settings.combinations(template) for template in settings.templates])
@@ -190,6 +198,9 @@ class _Drawer:
             return None
         self._seen.add(key)
         self._seen.add(written)
+        if self._stands_already(messages):
+            self.standing += 1
+            return None
         return messages
 
     def _response(self, template: Template, values: Mapping[str, str], row_format: TemplateFormat) -> str:
