@@ -16,9 +16,11 @@ from collections.abc import Callable
 import httptools
 
 WANTED = re.compile(rb"Write (\d+) different item")
-HEAD = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-Answer = tuple[int, bytes]
-Reply = Callable[[bytes], Answer]
+HEAD = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n%s"
+Answer = tuple[int, bytes] | tuple[int, bytes, bytes]
+"""Status and body; at times whole header lines too, each with its line end."""
+Reply = Callable[[bytes], Answer | None]
+"""None leaves the request without an answer, its connection open."""
 
 
 class Model:
@@ -82,11 +84,14 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self._latency, self._answer, body)
 
     def _answer(self, body: bytes) -> None:
-        self._send(*self._reply(body))
+        answer = self._reply(body)
+        if answer is not None:
+            status, content, *headers = answer
+            self._send(status, content, *headers)
 
-    def _send(self, status: int, content: bytes) -> None:
+    def _send(self, status: int, content: bytes, headers: bytes = b"") -> None:
         if self._transport is not None:
-            self._transport.write(HEAD % (status, len(content), content))
+            self._transport.write(HEAD % (status, len(content), headers, content))
 
 
 async def serve(reply: Reply, latency: float) -> tuple[asyncio.Server, int]:
