@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from loraline.api.artifact.v1.artifact_pb2 import Artifact
-from loraline.core.errors import LoralineError, data_loss, failed_precondition
+from loraline.core.errors import LoralineError, failed_precondition
+from loraline.merger.json_files import read_json
 from loraline.merger.weights.header import ShardHeader, read_header
 from loraline.merger.weights.layout import PICKLE_SUFFIXES, pickle_weights
 
@@ -251,14 +251,3 @@ def another_base(name: str, trained_on: str, expected: str, found: str) -> Loral
         expected=str(expected),
         found=found,
     )
-
-
-def read_json(path: Path, reason: str) -> dict[str, Any]:
-    """Read a JSON object; DATA_LOSS with `reason` when it is none."""
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise data_loss(reason, f"{path.name} cannot be read: {error}. Save it again.", file=path.name) from error
-    return content

@@ -11,7 +11,6 @@ from typing import Any
 from loraline.core.errors import failed_precondition, unsupported
 from loraline.core.evidence.probes import FILE_NAME as PROBES_FILE
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
-from loraline.merger.adapter import read_json
 from loraline.merger.check.findings import loadable
 from loraline.merger.check.folder import check_folder
 from loraline.merger.check.tokenizer import stopping_ids
@@ -24,6 +23,7 @@ from loraline.merger.engines.rendering import load_tokenizer, text_renderer
 from loraline.merger.exports.chat_shape import ChatShape, find_shape
 from loraline.merger.exports.licence import find_licence
 from loraline.merger.exports.modelfile import Modelfile, go_template, parameters_of, read_modelfile
+from loraline.merger.json_files import read_json
 from loraline.merger.merging import MergeWatch
 from loraline.merger.spec import ExportSpec, MeasureSettings
 

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraline.core.errors import LoralineError, failed_precondition, unsupported
-from loraline.merger.adapter import Adapter, Factors, read_json
+from loraline.merger.adapter import Adapter, Factors
+from loraline.merger.json_files import read_json
 from loraline.merger.weights.header import FLOAT_DTYPES, TensorInfo
 from loraline.merger.weights.layout import WeightFiles
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from typing import Any
 
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
 from loraline.core.evidence.receipt import load_receipt
-from loraline.merger.adapter import read_json
 from loraline.merger.check.dimensions import head_dim
 from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding
 from loraline.merger.check.folder import check_folder, check_weights
 from loraline.merger.check.tokenizer import UNLOADABLE_CLASSES, right_eos, stopping_ids, token_ids
 from loraline.merger.check.tokens import TokenizerFiles, chat_template, read_tokenizer
+from loraline.merger.json_files import read_json
 from loraline.merger.sync import TOKENIZER_FILES, files_to_sync, write_json
 from loraline.merger.weights.header import read_header
 from loraline.merger.weights.layout import INDEX_FILE, SHARD_NAMES, shard_path
@@ -207,13 +206,14 @@ def _drop_quantization(folder: Path, finding: Finding, base: Path | None) -> Non
 
 def _index(folder: Path, finding: Finding, base: Path | None) -> None:
     weight_map: dict[str, str] = {}
-    index = json.loads((folder / INDEX_FILE).read_bytes())
+    index = _read(folder / INDEX_FILE)
     size = 0
     for name in sorted({*index["weight_map"].values(), *(path.name for path in folder.glob(SHARD_NAMES))}):
         header = read_header(shard_path(folder, name))
         weight_map.update({tensor.name: name for tensor in header.tensors})
         size += header.data_size
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
+    metadata = index.get("metadata")
+    index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
     index["weight_map"] = dict(sorted(weight_map.items()))
     write_json(folder / INDEX_FILE, index)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraline.api.merger.v1 import merger_pb2
-from loraline.merger.adapter import read_json
 from loraline.merger.check.findings import Finding
+from loraline.merger.json_files import read_json
 from loraline.merger.weights.layout import unsafe_path
 
 SYNCED_FILES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding, from_error, gravest_first
 from loraline.merger.check.tokenizer import check_tokenizer
 from loraline.merger.check.tokens import chat_template, read_tokenizer
+from loraline.merger.json_files import load_object
 from loraline.merger.sync import TOKENIZER_FILES
 from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
 from loraline.merger.weights.layout import (
@@ -43,7 +43,9 @@ def check_folder(folder: Path, base: Path | None = None) -> list[Finding]:
     generation, problems = _json(folder / "generation_config.json", needed=False)
     findings += problems
     findings += check_tokenizer(read_tokenizer(folder), config, generation, layout.rows if layout else None)
-    if not chat_template(folder):
+    template, problems = _template(folder)
+    findings += problems
+    if not template and not problems:
         message = "There is no chat template: chat requests cannot be answered."
         remedy = "Put chat_template.jinja beside the tokenizer, unless this is a plain completion model."
         findings.append(Finding("CHAT_TEMPLATE_MISSING", "info", "chat_template.jinja", message, remedy))
@@ -56,13 +58,20 @@ def check_folder(folder: Path, base: Path | None = None) -> list[Finding]:
 def _restorable(finding: Finding, base: Path, rows: int) -> Finding:
     """Mark what a file of the base mends; a tokenizer only where the base's ids fit the embedding."""
     if finding.code == "CHAT_TEMPLATE_MISSING":
-        return replace(finding, repairable=bool(chat_template(base)))
+        return replace(finding, repairable=bool(_template(base)[0]))
     mendable = finding.code in _RESTORABLE or (finding.code, finding.file) == ("TOKEN_ID_OUT_OF_RANGE", TOKENIZER)
     if not mendable or not (base / finding.file).is_file():
         return finding
     ids = read_tokenizer(base).ids
     fits = finding.file not in TOKENIZER_FILES or (bool(ids) and bool(rows) and max(ids.values()) < rows)
     return replace(finding, repairable=finding.repairable or fits)
+
+
+def _template(folder: Path) -> tuple[str, list[Finding]]:
+    try:
+        return chat_template(folder), []
+    except LoralineError as error:
+        return "", [from_error(error, "chat_template.jinja")]
 
 
 def check_weights(folder: Path) -> tuple[dict[str, TensorInfo], list[Finding]]:
@@ -113,17 +122,14 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def _json(path: Path, *, needed: bool) -> tuple[dict[str, Any], list[Finding]]:
-    if not path.is_file():
+    if not path.exists():
         missing = Finding("FILE_MISSING", "error", path.name, f"{path.name} is missing.", "Take the base's file.")
         return {}, [missing] if needed else []
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return load_object(path), []
+    except (OSError, ValueError) as error:
         message = f"{path.name} cannot be read: {error}."
         return {}, [Finding("FILE_UNREADABLE", "error", path.name, message, "Take the base's file.")]
-    return content, []
 
 
 def _leftovers(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Finding]:

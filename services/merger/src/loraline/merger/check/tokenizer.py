@@ -58,7 +58,7 @@ def _files_named(files: TokenizerFiles) -> Iterator[Finding]:
 
 def _class(files: TokenizerFiles) -> Iterator[Finding]:
     name = files.config.get("tokenizer_class")
-    if name in UNLOADABLE_CLASSES:
+    if isinstance(name, str) and name in UNLOADABLE_CLASSES:
         message = f"tokenizer_class is {name}, which only transformers 5 has."
         remedy = f"Set it to {UNLOADABLE_CLASSES[name]}, which every version loads."
         yield Finding("TOKENIZER_CLASS_UNKNOWN", "warning", TOKENIZER_CONFIG, message, remedy, True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from loraline.core.errors import failed_precondition
+from loraline.merger.json_files import load_object
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -67,16 +69,13 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def _object(path: Path, unreadable: dict[str, str]) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return load_object(path)
+    except (OSError, ValueError) as error:
         unreadable[path.name] = str(error)
         return {}
-    return content
 
 
 def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:
@@ -87,17 +86,26 @@ def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:
         ids.update({text: number for text, number in vocabulary.items() if isinstance(number, int)})
     elif isinstance(vocabulary, list):  # Unigram: pairs of text and score, the place is the id
         ids.update({str(pair[0]): number for number, pair in enumerate(vocabulary) if isinstance(pair, list) and pair})
-    for token in tokenizer.get("added_tokens") or ():
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and isinstance(token.get("id"), int):
             ids[token_text(token)] = token["id"]
     return ids
 
 
 def chat_template(folder: Path) -> str:
-    """Return the folder's chat template from its file, else from tokenizer_config.json; empty without one."""
+    """Return the folder's chat template from its file, else from tokenizer_config.json; empty without one.
+
+    FAILED_PRECONDITION CHAT_TEMPLATE_FAILED for a file that is no text.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise failed_precondition(
+                "CHAT_TEMPLATE_FAILED", f"{file.name} cannot be read: {error}. Take the base's file.", file=file.name
+            ) from error
     value = read_tokenizer(folder).config.get("chat_template")
     if isinstance(value, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}

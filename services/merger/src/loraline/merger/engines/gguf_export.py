@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 
 from loraline.core.errors import LoralineError, failed_precondition, unsupported
-from loraline.merger.adapter import read_json
 from loraline.merger.check.families import find_layout
 from loraline.merger.engines.gguf_names import Sizes, gguf_name, read_sizes, reorder, rope_factors
 from loraline.merger.engines.gguf_vocabulary import Vocabulary, read_vocabulary
 from loraline.merger.engines.streaming import disk_error
+from loraline.merger.json_files import read_json
 from loraline.merger.weights.layout import WeightFiles, open_weights
 
 F16, Q8_0 = "F16", "Q8_0"

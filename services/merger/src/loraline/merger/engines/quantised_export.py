@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from loraline.merger.adapter import read_json
 from loraline.merger.engines.skeleton import linear_weights
 from loraline.merger.engines.streaming import disk_error
+from loraline.merger.json_files import read_json
 from loraline.merger.sync import copy_base_files, write_json
 from loraline.merger.weights.layout import INDEX_FILE, open_weights
 

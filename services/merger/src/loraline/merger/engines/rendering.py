@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -17,6 +12,7 @@ from transformers import AutoTokenizer
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.evidence.receipt import Messages, RenderingMismatch, TokenReceipt, compare_rendering
 from loraline.merger.check.findings import Finding, from_error
+from loraline.merger.limits import Failed, TooSlow, contained
 from loraline.merger.texts import PLAIN_TEXTS
 
 RENDER_SECONDS = 10.0
@@ -56,18 +52,21 @@ def text_renderer(tokenizer: Any) -> Callable[[Sequence[Any], bool], str]:
 
 
 def _apply(tokenizer: Any, messages: Any, **options: Any) -> Any:
-    with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
-        try:
-            return tokenizer.apply_chat_template(messages, **options)
-        except LoralineError:
-            raise
-        except (Exception, MemoryError) as error:
-            why = str(error)[:300] or type(error).__name__
-            raise failed_precondition(
-                "CHAT_TEMPLATE_FAILED",
-                f"The chat template cannot render a conversation: {why}. "
-                "Use the template that the adapter was trained with.",
-            ) from error
+    try:
+        return contained(
+            lambda: tokenizer.apply_chat_template(messages, **options), seconds=RENDER_SECONDS, memory=RENDER_BYTES
+        )
+    except TooSlow as error:
+        raise failed_precondition(
+            "CHAT_TEMPLATE_TIMEOUT",
+            f"The chat template ran longer than {RENDER_SECONDS:g} s on one conversation and was stopped. Use another.",
+        ) from error
+    except Failed as error:
+        raise failed_precondition(
+            "CHAT_TEMPLATE_FAILED",
+            f"The chat template cannot render a conversation: {str(error)[:300]}. "
+            "Use the template that the adapter was trained with.",
+        ) from error
 
 
 def receipt_mismatches(folder: Path, receipt: TokenReceipt) -> list[RenderingMismatch]:
@@ -101,45 +100,3 @@ def sample_problem(tokenizer: Any, template: str) -> list[Finding]:
     except LoralineError as error:
         return [from_error(error, "chat_template.jinja")]
     return []
-
-
-@contextmanager
-def memory_limit(extra: int) -> Iterator[None]:
-    """Let the process grow by `extra` bytes at most; an expression such as `'a' * 10**12` then fails at once.
-
-    The time limit does not help there: one such step is a single call into C that no signal interrupts.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    if pages:
-        limit = pages * resource.getpagesize() + extra
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Stop Python code that runs too long with FAILED_PRECONDITION CHAT_TEMPLATE_TIMEOUT.
-
-    Works by a signal, hence in the main thread only, where a job's code runs; elsewhere there is no limit.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise failed_precondition(
-            "CHAT_TEMPLATE_TIMEOUT",
-            f"The chat template ran longer than {seconds:g} s on one conversation and was stopped. Use another.",
-        )
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -19,6 +19,9 @@ DTYPE_BYTES = {
 }  # fmt: skip
 """Bytes of one element by the format's own type name."""
 
+MOST_HEADER_BYTES = 32 * 1024 * 1024
+"""Room for 200000 tensors in one file; the format allows three times that, which takes gigabytes to read."""
+
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Types that a merge may add to or convert."""
 
@@ -83,12 +86,14 @@ def read_header(path: Path) -> ShardHeader:
     which finds truncation; what it refuses is DATA_LOSS with reason CORRUPT_WEIGHTS, the file and the library's words.
     """
     try:
-        with safe_open(path, framework="np"):
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > MOST_HEADER_BYTES:
+                raise ValueError(f"its header claims {length} bytes, more than {MOST_HEADER_BYTES}")
             raw = json.loads(file.read(length))
-    except (SafetensorError, ValueError, OSError) as error:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise corrupt_weights(path, str(error)) from error
     metadata = raw.pop("__metadata__", None)
     tensors = [

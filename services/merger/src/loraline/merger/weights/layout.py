@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
+from loraline.merger.json_files import load_object
 from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -67,12 +67,12 @@ def open_weights(folder: Path) -> WeightFiles:
 def read_index(path: Path) -> dict[str, str]:
     """Return the index's map of tensor name to shard file."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = load_object(path)["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ValueError("weight_map is no map of tensor names to file names")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise failed_precondition(
-            "INDEX_UNREADABLE", f"{path.name} cannot be read: {error!r}. Save the model again.", file=path.name
+            "INDEX_UNREADABLE", f"{path.name} cannot be read: {error}. Save the model again.", file=path.name
         ) from error
     return weight_map
 
@@ -85,7 +85,7 @@ def shard_path(folder: Path, name: str) -> Path:
     if pure.suffix in PICKLE_SUFFIXES:
         raise pickle_weights(name)
     path = folder / pure
-    if not path.exists():
+    if not path.is_file():
         raise failed_precondition(
             "MISSING_SHARD",
             f"{INDEX_FILE} names {name}, which is not in the folder. Copy the missing shard, or save the model again.",
