@@ -35,6 +35,7 @@ _BY_REASON = {
     "JOB_NOT_FOUND": "loraline jobs list",
     "ARTIFACT_NOT_FOUND": "loraline artifacts list",
     "MODEL_NOT_SERVED": "loraline adapters list",
+    "RECIPE_NOT_FOUND": "loraline datasets recipes",
 }
 """What to do next, by reason, where the command line has a command for it."""
 

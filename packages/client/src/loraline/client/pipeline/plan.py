@@ -30,7 +30,7 @@ def plan(spec: PipelineSpec) -> list[PlannedStage]:
             what = f"use {format_ref(dataset.artifact)}"
         else:
             what = f"make dataset/{spec.artifact_name(name)}"
-        needs = (f"source:{dataset.source}",) if dataset.source else ()
+        needs = tuple(dict.fromkeys(f"source:{source}" for _, source in dataset.sources))
         stages.append(PlannedStage(f"dataset:{name}", what, needs))
     if spec.train is not None:
         needs = ("base_model", *(f"dataset:{name}" for name in spec.train.weights))

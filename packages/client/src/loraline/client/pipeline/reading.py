@@ -150,19 +150,19 @@ def _read_dataset(node: Node, sources: dict[str, Path]) -> DatasetSpec:
         ref = artifact_pb2.ArtifactRef()
         fill_ref(ref, entries["artifact"], default_kind="dataset")
         return DatasetSpec(artifact=ref)
-    source = ""
     if kinds == ["convert"]:
         request = datagen_pb2.ConvertDatasetRequest()
-        source = _fill_convert(request.source, entries["convert"], sources)
+        name = _fill_convert(request.source, entries["convert"], sources)
+        used = [(0, name)] if name else []
     else:
         request = datagen_pb2.GenerateDatasetRequest()
-        _fill_sources(request, kinds[0], entries[kinds[0]])
+        used = _fill_sources(request, kinds[0], entries[kinds[0]], sources)
     for key, child in entries.items():
         if key in _SPLIT_KEYS:
             set_field(request.split, datagen_pb2.Split.DESCRIPTOR.fields_by_name[key], child)
         elif key in gate_fields:
             set_field(request.gate, gate_fields[key], child)
-    return DatasetSpec(request=request, source=source)
+    return DatasetSpec(request=request, sources=tuple(used))
 
 
 def _fill_convert(message: datagen_pb2.ConvertSource, node: Node, sources: dict[str, Path]) -> str:
@@ -181,13 +181,48 @@ def _fill_convert(message: datagen_pb2.ConvertSource, node: Node, sources: dict[
     return name
 
 
-def _fill_sources(request: datagen_pb2.GenerateDatasetRequest, kind: str, node: Node) -> None:
-    if kind == "sources":
-        for child in node.sequence():
-            fill(request.sources.add(), child)
-    else:
-        source = request.sources.add(name=kind)
-        set_field(source, source.DESCRIPTOR.fields_by_name[kind], node)
+def _fill_sources(
+    request: datagen_pb2.GenerateDatasetRequest, kind: str, node: Node, sources: dict[str, Path]
+) -> list[tuple[int, str]]:
+    """Fill the request; return which of its sources are made from which of the file's."""
+    if kind != "sources":
+        entry = Node({kind: node}, node.line, node.path, node.problems)
+        used = _fill_one(request.sources.add(name=kind), entry, sources)
+        return [(0, used)] if used else []
+    found = [(number, _fill_one(request.sources.add(), child, sources)) for number, child in enumerate(node.sequence())]
+    return [(number, name) for number, name in found if name]
+
+
+def _fill_one(message: datagen_pb2.DatasetSource, node: Node, sources: dict[str, Path]) -> str:
+    """Fill one source; return the name of the file's source that it is made from, or nothing."""
+    entries, used = dict(node.mapping()), ""
+    given = [key for key in ("convert", "template", "llm") if key in entries]
+    if len(given) != 1 and isinstance(node.value, dict):
+        node.fault("needs exactly one of `convert`, `template`, `llm`.")
+    if "convert" in entries:
+        used = _fill_convert(message.convert, entries.pop("convert"), sources)
+    llm = entries.get("llm")
+    texts = llm.value.get("texts") if llm is not None and isinstance(llm.value, dict) else None
+    if llm is not None and texts is not None and isinstance(texts.value, dict) and "source" in texts.value:
+        rest = Node(
+            {key: child for key, child in llm.value.items() if key != "texts"}, llm.line, llm.path, llm.problems
+        )
+        fill(message.llm, rest)
+        used = _fill_texts(message.llm.texts, texts, sources)
+        del entries["llm"]
+    fill(message, Node(entries, node.line, node.path, node.problems))
+    return used
+
+
+def _fill_texts(message: datagen_pb2.TextSource, node: Node, sources: dict[str, Path]) -> str:
+    entries = dict(node.mapping())
+    name = _known(entries.pop("source"), sources, "source")
+    for other in ("artifact", "path", "texts"):
+        if other in entries:
+            entries[other].fault("cannot stand beside `source`.")
+    fill(message, Node(entries, node.line, node.path, node.problems))
+    message.SetInParent()
+    return name
 
 
 def _read_train(node: Node, datasets: dict[str, DatasetSpec]) -> TrainSpec:

@@ -16,7 +16,7 @@ from loraline.client.errors import LoralineApiError
 from loraline.client.pipeline import serving
 from loraline.client.pipeline.plan import PlannedStage, plan
 from loraline.client.pipeline.report import AskedPrompt, Observer, PipelineReport, StageOutcome
-from loraline.client.pipeline.spec import PipelineSpec
+from loraline.client.pipeline.spec import DatasetRequest, PipelineSpec, artifact_place
 from loraline.client.pipeline.stagejobs import StageJobs
 
 
@@ -149,11 +149,12 @@ class PipelineRun:
         request.CopyFrom(spec.request)  # type: ignore[arg-type]
         request.name = self._spec.artifact_name(part)
         convert = isinstance(request, datagen_pb2.ConvertDatasetRequest)
-        inputs = [("source", self._made(f"source:{spec.source}"))] if spec.source else []
+        made = [(number, self._made(f"source:{source}")) for number, source in spec.sources]
+        inputs = [("source" if convert else f"source {number}", ref) for number, ref in made]
 
-        def finish(message: datagen_pb2.ConvertDatasetRequest) -> None:
-            if inputs:
-                message.source.artifact.CopyFrom(inputs[0][1])
+        def finish(message: DatasetRequest) -> None:
+            for number, ref in made:
+                artifact_place(message, number).CopyFrom(ref)
 
         start = self._client.datagen.convert if convert else self._client.datagen.generate
         return await self._jobs.run(stage, "datagen", start, request, inputs, datagen_pb2.DatasetResult, finish)

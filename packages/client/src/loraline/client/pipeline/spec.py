@@ -14,6 +14,14 @@ from loraline.api.trainer.v1 import trainer_pb2
 DatasetRequest = datagen_pb2.ConvertDatasetRequest | datagen_pb2.GenerateDatasetRequest
 
 
+def artifact_place(request: DatasetRequest, number: int) -> artifact_pb2.ArtifactRef:
+    """Return where a request names the artifact of its source number `number`: files to convert, or texts to read."""
+    if isinstance(request, datagen_pb2.ConvertDatasetRequest):
+        return request.source.artifact
+    source = request.sources[number]
+    return source.llm.texts.artifact if source.WhichOneof("source") == "llm" else source.convert.artifact
+
+
 @dataclass(frozen=True)
 class BaseModelSpec:
     """The model to tune: a toy to make (`tiny`), or one that is there already (`existing`)."""
@@ -29,8 +37,8 @@ class DatasetSpec:
     """A dataset to make, or one that is there already (`artifact`)."""
 
     request: DatasetRequest | None = None
-    source: str = ""
-    """Name of the source that is converted; empty for others."""
+    sources: tuple[tuple[int, str], ...] = ()
+    """Sources of the file that it is made from: the number of the request's source, and the name in the file."""
     artifact: artifact_pb2.ArtifactRef | None = None
 
 

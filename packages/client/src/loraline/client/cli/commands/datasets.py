@@ -10,6 +10,7 @@ import typer
 
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.client.cli.app import App, invocation
+from loraline.client.cli.commands import dataset_sources
 from loraline.client.cli.commands.jobs import follow
 from loraline.client.cli.failures import FAILED, CommandFailed
 from loraline.client.cli.output import Output
@@ -47,9 +48,10 @@ class AnswerFormat(StrEnum):
 
 def register(app: App) -> None:
     """Add the group."""
-    group = App(help="Check datasets and mend them.")
+    group = App(help="Try recipes and endpoints, check datasets and mend them.")
     app.add_typer(group, name="datasets")
     group.command("check")(check)
+    dataset_sources.register(group)
 
 
 def check(
