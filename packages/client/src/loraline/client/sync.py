@@ -88,6 +88,11 @@ class Inference(Blocking[AsyncInference]):
     set_alias = blocking(AsyncInference.set_alias)
     rollback = blocking(AsyncInference.rollback)
     capabilities = blocking(AsyncInference.capabilities)
+    create_session = blocking(AsyncInference.create_session)
+    session = blocking(AsyncInference.session)
+    sessions = blocking(AsyncInference.sessions)
+    reset_session = blocking(AsyncInference.reset_session)
+    delete_session = blocking(AsyncInference.delete_session)
 
 
 class Loraline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -123,6 +124,38 @@ class AsyncInference:
     async def capabilities(self) -> inference_pb2.GetCapabilitiesResponse:
         """Return what the server can serve."""
         return await self._endpoint.unary(self._stub.GetCapabilities, inference_pb2.GetCapabilitiesRequest())
+
+    async def create_session(
+        self, model: str = "", *, system_prompt: str = "", category: str = "", ttl: timedelta | None = None
+    ) -> inference_pb2.Session:
+        """Open a session that keeps its history on the server; its name goes into `chat`'s `session`."""
+        request = inference_pb2.CreateSessionRequest(model=model, system_prompt=system_prompt, category=category)
+        if ttl is not None:
+            request.ttl.FromTimedelta(ttl)
+        return (await self._endpoint.unary(self._stub.CreateSession, request, idempotent=False)).session
+
+    async def session(self, name: str) -> inference_pb2.Session:
+        """Return one of the key's sessions with its history."""
+        return (await self._endpoint.unary(self._stub.GetSession, inference_pb2.GetSessionRequest(name=name))).session
+
+    async def sessions(self) -> list[inference_pb2.Session]:
+        """Return the key's sessions, newest first, without their histories."""
+
+        async def page(token: str) -> inference_pb2.ListSessionsResponse:
+            request = inference_pb2.ListSessionsRequest(page_token=token)
+            return await self._endpoint.unary(self._stub.ListSessions, request)
+
+        return [session async for session in pages(page, lambda reply: reply.sessions)]
+
+    async def reset_session(self, name: str) -> inference_pb2.Session:
+        """Clear a session's history."""
+        request = inference_pb2.ResetSessionRequest(name=name)
+        return (await self._endpoint.unary(self._stub.ResetSession, request)).session
+
+    async def delete_session(self, name: str) -> None:
+        """Delete a session."""
+        request = inference_pb2.DeleteSessionRequest(name=name)
+        await self._endpoint.unary(self._stub.DeleteSession, request, idempotent=False)
 
 
 def as_messages(messages: Conversation) -> list[inference_pb2.Message]:
