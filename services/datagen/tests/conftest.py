@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,27 +146,34 @@ class Running:
         return [json.loads(line) for line in text.splitlines()]
 
 
+@asynccontextmanager
+async def serving(settings: CoreSettings, root: Path) -> AsyncIterator[Running]:
+    """Serve datagen with these settings, as one machine does; at the end its jobs are handed back."""
+    platform = await asyncio.to_thread(open_platform, settings)
+    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve(settings, [build], platform=platform, ready=ready.set_result, stop=stop))
+    await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+    async with grpc.aio.insecure_channel(ready.result().grpc) as channel:
+        yield Running(
+            datagen_pb2_grpc.DatagenServiceStub(channel), job_pb2_grpc.JobServiceStub(channel), platform, root
+        )
+    stop.set()
+    await task
+    platform.database.close()
+
+
 @pytest.fixture
-async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
     allowed = tmp_path / "allowed"
     allowed.mkdir()
     settings = CoreSettings(
         data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics_listen="", auth="off", poll_seconds=0.1,
         allowed_paths=[allowed, PERSONA],
     )  # fmt: skip
-    platform = await asyncio.to_thread(open_platform, settings)
-    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(serve(settings, [build], platform=platform, ready=ready.set_result, stop=stop))
-    await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
-    async with grpc.aio.insecure_channel(ready.result().grpc) as channel:
-        yield Running(
-            datagen_pb2_grpc.DatagenServiceStub(channel), job_pb2_grpc.JobServiceStub(channel), platform, allowed
-        )
-    stop.set()
-    await serving
-    platform.database.close()
+    async with serving(settings, allowed) as served:
+        yield served
 
 
 @pytest.fixture

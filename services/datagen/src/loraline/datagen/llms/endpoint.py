@@ -9,9 +9,11 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import openai
 
 from loraline.api.datagen.v1 import datagen_pb2
@@ -24,6 +26,9 @@ from loraline.datagen.llms.failures import (
     quota_error,
     unreachable,
 )
+
+NO_LIST = frozenset({404, 405, 501})
+"""What endpoints answer that have no /v1/models."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +157,14 @@ def _prices(prefix: str, environ: Mapping[str, str]) -> tuple[float, float] | No
 
 
 async def probe(endpoint: Endpoint, timeout_seconds: float = 15.0) -> tuple[list[str], float]:
-    """Return the models the endpoint lists and the seconds it took; a typed error says what is wrong."""
+    """Return the models the endpoint lists and the seconds it took; a typed error says what is wrong.
+
+    One that has no list (404, 405, 501) is asked for a chat of one token instead, and lists none.
+    """
     started = time.monotonic()
     async with endpoint.client(timeout_seconds) as client:
         try:
-            listed = await client.models.list()
-            models = [str(model.id) for model in listed.data or []]
+            models = await _listed(client, endpoint)
         except openai.APITimeoutError as error:
             raise unreachable(endpoint, f"no answer in {timeout_seconds:g} seconds") from error
         except openai.APIConnectionError as error:
@@ -172,6 +179,18 @@ async def probe(endpoint: Endpoint, timeout_seconds: float = 15.0) -> tuple[list
     if models and endpoint.model not in models and f"models/{endpoint.model}" not in models:
         raise no_model(endpoint, models)
     return models, time.monotonic() - started
+
+
+async def _listed(client: openai.AsyncOpenAI, endpoint: Endpoint) -> list[str]:
+    try:
+        return [str(model.id) for model in (await client.models.list()).data or []]
+    except openai.APIStatusError as error:
+        if error.status_code not in NO_LIST or not endpoint.model:
+            raise
+    chat = {"model": endpoint.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
+    with suppress(openai.BadRequestError, openai.UnprocessableEntityError):  # It reads chats, if not this one.
+        await client.post("/chat/completions", body=chat, cast_to=httpx.Response)
+    return []
 
 
 def model_not_set(endpoint: Endpoint, models: list[str]) -> LoralineError:
