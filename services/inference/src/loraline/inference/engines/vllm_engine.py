@@ -95,7 +95,7 @@ class VllmEngine:
             # Closing vLLM's generator aborts the request in the engine core; that must not wait for the collector.
             try:
                 async for output in stream:
-                    for piece in _pieces(output):
+                    for piece in _pieces(output, shaped=request.constraint is not None):
                         yield piece
             finally:
                 await stream.aclose()
@@ -239,12 +239,15 @@ def _structured(constraint: Constraint) -> Any:
     return StructuredOutputsParams(grammar=constraint.value)
 
 
-def _pieces(output: RequestOutput) -> list[Piece]:
+def _pieces(output: RequestOutput, *, shaped: bool) -> list[Piece]:
     pieces = []
     for answer in output.outputs:
         reason, waited = "", None
         if answer.finish_reason is not None:
             reason = "length" if answer.finish_reason == "length" else "stop"
+            if answer.finish_reason == "error" and shaped and not answer.token_ids:
+                # The engine is well: its grammar compiler failed on what the parser took, which vLLM says nowhere else.
+                raise EngineRefused("the engine cannot compile it; simplify it, or bound its repetitions lower")
             if answer.finish_reason not in {"stop", "length"}:
                 raise EngineDead(f"vLLM ended the request: {answer.finish_reason}")
             stats = output.metrics

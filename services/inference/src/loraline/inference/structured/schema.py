@@ -17,6 +17,8 @@ _FORMATS = (
     *("uri-template", "json-pointer", "relative-json-pointer"),
 )
 """What decoding enforces of `format`; the rest is checked after."""
+_PRINTABLE = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
+"""What a JSON string holds without an escape; as ranges, since the class of all others would take in half characters."""
 _CHECKED_AFTER = ("multipleOf", "uniqueItems", "contains", "minContains", "maxContains")
 _VALUES = ("const", "enum", "default", "examples", "required", "dependentRequired")
 """Keywords whose content holds no schema."""
@@ -82,11 +84,16 @@ class _Rewriting:
         if schema.get("format") not in (None, *_FORMATS):
             del schema["format"]
         fixed = any(name in schema for name in ("enum", "const", "pattern", "format"))
-        if not fixed and self._rule is None:
+        bounded = "minLength" in schema or "maxLength" in schema
+        if not (fixed or bounded or self._rule):
             return schema
-        least, most = schema.pop("minLength", 0), schema.pop("maxLength", None)
+        least, most = int(schema.pop("minLength", 0)), schema.pop("maxLength", None)
         if not fixed and self._rule is not None:
-            schema["pattern"] = self._rule.string_pattern(int(least), None if most is None else int(most))
+            schema["pattern"] = self._rule.string_pattern(least, None if most is None else int(most))
+        elif not fixed:
+            # Where lengths are bounded, xgrammar lets raw control characters through, which no JSON may hold, and takes
+            # several times as long to compile as for the same bounds in a pattern.
+            schema["pattern"] = f"^{_PRINTABLE}{{{least},{'' if most is None else int(most)}}}$"
         return schema
 
     def _refuse_unenforceable(self, schema: dict[str, Any], path: str) -> None:
