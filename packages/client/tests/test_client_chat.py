@@ -317,6 +317,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         process.wait(60)
 
 
+_FEW = ("--max-tokens", "24", "--temperature", "0")
+
+
 def environment(real: dict[str, str]) -> dict[str, str]:
     return {"LORALINE_ADDRESS": real["address"], "LORALINE_API_KEY": real["key"]}
 
@@ -336,12 +339,13 @@ def test_grpc_and_openai_say_the_same(real: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_a_session_goes_on_in_another_process(real: dict[str, str]) -> None:
-    first = chat("--session", "new", "--max-tokens", "4", "--system", "Be brief.", stdin="Hello\n", **environment(real))
+    first = chat("--session", "new", *_FEW, "--system", "Be brief.", stdin="Hello\n", **environment(real))
     assert first.returncode == 0, first.stderr
     name = first.stdout.split("(session ")[1].split(";")[0]
-    second = chat("--session", name, "--max-tokens", "4", stdin="And you?\n/system x\n", **environment(real))
+    second = chat("--session", name, *_FEW, stdin="And you?\n/system x\n", **environment(real))
     assert f"(session {name}: 1 turns so far)" in second.stdout
-    assert "open another with --session new" in second.stderr
+    assert "open another with --session new" in second.stderr, second
+    assert "does not keep" not in second.stdout, second
     with Loraline.connect(real["address"], real["key"]) as client:
         said = client.inference.session(name)
         assert [message.content for message in said.messages if message.role == "user"] == ["Hello", "And you?"]
@@ -366,4 +370,6 @@ def test_json_and_language_are_asked_of_the_server(real: dict[str, str]) -> None
     talked = chat("--temperature", "0", "--max-tokens", "12", stdin=script, **environment(real))
     said = [line for line in talked.stdout.splitlines() if not line.startswith("(")]
     latin = [any(char.isascii() and char.isalpha() for char in line) for line in said]
-    assert not latin[0] if len(said) == 2 else "language" in talked.stderr.lower()
+    # The toy rarely ends a Korean answer in twelve tokens; then the rule's refusal comes in its place.
+    assert not latin[0] if len(said) == 2 else "Ask again with max_tokens" in talked.stderr, talked
+    assert latin[-1], talked
