@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +19,21 @@ from loraline.datagen.quality.scripts import mostly_han
 from loraline.datagen.quality.seen import LineIndex, SeenRow
 from loraline.datagen.quality.tally import FirstRows
 
-PERMUTATIONS = 128
-BANDS = 16
-BAND_ROWS = PERMUTATIONS // BANDS
+BANDS, BAND_ROWS = 21, 6
+PERMUTATIONS = BANDS * BAND_ROWS
+KEPT_HASHES = 512
+"""Of longer texts the smallest so many hashes are compared (a bottom-k sketch); of others all."""
+ANCHORS = 8
 SHINGLE, HAN_SHINGLE = 5, 3
 FEWEST_SHINGLES = 16
 LONGEST_TEXT = 20_000
 BATCH = 512
-CHUNK = 4096
 _PRIME = 1_000_003
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _POWERS = [np.uint64(pow(_PRIME, power, 2**64)) for power in range(SHINGLE)]
 # One odd multiplier for each row of a band: equal sums are equal bands but for one in 2**64.
 _BAND_FACTORS = np.array([pow(_PRIME, row + 1, 2**64) | 1 for row in range(BAND_ROWS)], dtype=np.uint64)
-_SKETCH = np.dtype([("digest", "<u8"), ("values", "<u4", (PERMUTATIONS,))])
+_HEAD = np.dtype([("digest", "<u8"), ("row", "<u8")])
 
 
 def shingles(text: str) -> npt.NDArray[np.uint32]:
@@ -51,12 +53,31 @@ def shingles(text: str) -> npt.NDArray[np.uint32]:
     return np.unique(((sums * _MIX) >> np.uint64(32)).astype(np.uint32))
 
 
-class NearDuplicatesRule(Rule):
-    """Rows that share `similarity` of their n-grams (estimated Jaccard index) with an earlier row.
+class Sketch(NamedTuple):
+    """What is kept of a row: eight bytes of its digest, its number, and the smallest hashes of its n-grams, sorted."""
 
-    16 bands of 8 values (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4) find a pair at 0.8 with a
-    probability of 95 %, at 0.9 of 99.99 %; a pair counts when its 128 values agree to that share, whose standard
-    error at 0.8 is 0.035. Rows of fewer than 16 n-grams are left out: two short greetings are similar by nature.
+    digest: int
+    row: int
+    hashes: npt.NDArray[np.uint32]
+
+
+def similarity(one: npt.NDArray[np.uint32], other: npt.NDArray[np.uint32]) -> float:
+    """Return the Jaccard index of two sets of hashes: exact up to KEPT_HASHES each, else estimated within some 0.02."""
+    common = np.intersect1d(one, other, assume_unique=True)
+    if max(len(one), len(other)) < KEPT_HASHES:
+        return len(common) / (len(one) + len(other) - len(common))
+    smallest = np.union1d(one, other)[:KEPT_HASHES]
+    return float(np.isin(smallest, common, assume_unique=True).sum()) / len(smallest)
+
+
+class NearDuplicatesRule(Rule):
+    """Rows that share `similarity` of their n-grams (Jaccard index) with an earlier row.
+
+    21 bands of 6 values (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4) bring a pair at 0.8 together
+    with a probability of 99.8 %, at 0.9 of all but one in ten million; rows that come together are compared by all their
+    n-grams. In a band a row is compared with the first rows that are unlike each other, eight at most. Rows of fewer
+    than 16 n-grams are left out: two short greetings are similar by nature. benchmarks/datagen/quality.py measures how
+    many pairs are found.
     """
 
     def __init__(self, folder: Path, similarity: float) -> None:
@@ -65,9 +86,9 @@ class NearDuplicatesRule(Rule):
         self._bands = DigestGroups(folder, "band")
         self._sketches = folder / "sketches"
         self._file: BinaryIO = self._sketches.open("wb")
-        self._places: list[int] = []
-        self._batch = np.zeros(BATCH, dtype=_SKETCH)
-        self._written = 0
+        self._ends = array("Q", [0])
+        self._batch = np.zeros((BATCH, PERMUTATIONS), dtype=np.uint64)
+        self._waiting = 0
         self._near, self._leaking = FirstRows(), FirstRows()
 
     def see(self, row: SeenRow) -> None:
@@ -77,76 +98,70 @@ class NearDuplicatesRule(Rule):
             return
         self._hash.clear()
         self._hash.update_batch(hashes.tolist())
-        at = len(self._places)
-        self._batch[at]["digest"] = int.from_bytes(row.digest[:8], "little")
-        self._batch[at]["values"] = self._hash.hashvalues
-        self._places.append(row.number)
-        if at + 1 == BATCH:
+        self._batch[self._waiting] = self._hash.hashvalues
+        kept = hashes[:KEPT_HASHES].tobytes()
+        head = np.array([(int.from_bytes(row.digest[:8], "little"), row.number)], dtype=_HEAD)
+        self._file.write(head.tobytes() + kept)
+        self._ends.append(self._ends[-1] + _HEAD.itemsize + len(kept))
+        self._waiting += 1
+        if self._waiting == BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        """Write the batch's sketches, and its bands with the sketches' positions."""
-        count = len(self._places)
-        sketches = self._batch[:count]
-        bands = sketches["values"].reshape(count, BANDS, BAND_ROWS).astype(np.uint64)
+        """Take in the bands of the rows that wait, with the positions of their sketches."""
+        count, end = self._waiting, len(self._ends) - 1
+        bands = self._batch[:count].reshape(count, BANDS, BAND_ROWS)
         records = np.zeros(count * BANDS, dtype=RECORD)
         sums = ((bands * _BAND_FACTORS).sum(axis=2) * _MIX).reshape(-1)
         records["high"] = (sums >> np.uint64(32)) ^ sums
         records["low"] = np.tile(np.arange(BANDS, dtype=np.uint64), count)
-        records["row"] = np.repeat(np.arange(self._written, self._written + count, dtype=np.uint64), BANDS)
+        records["row"] = np.repeat(np.arange(end - count, end, dtype=np.uint64), BANDS)
         self._bands.add_many(records)
-        self._file.write(_place_column(self._places, sketches))
-        self._written += count
-        self._places.clear()
+        self._waiting = 0
 
     def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
-        """Compare the rows that share a band, each with the first of its group."""
+        """Compare the rows that share a band."""
         self._flush()
         self._file.close()
-        flagged = np.zeros(self._written, dtype=bool)
+        flagged = np.zeros(len(self._ends) - 1, dtype=bool)
         with self._sketches.open("rb") as file:
             for group in self._bands.groups():
-                for begin in range(0, len(group), CHUNK):
-                    chunk = group[begin : begin + CHUNK]
-                    waiting = chunk[~flagged[chunk]]
-                    self._compare(file, int(group[0]), waiting[waiting > group[0]], flagged, index)
+                self._compare(file, group, flagged, index)
         self._sketches.unlink()
         if self._near.count:
             yield of_rows("NEAR_DUPLICATES", self._near, total)
         if self._leaking.count:
             yield of_rows("NEAR_LEAKAGE", self._leaking, total)
 
-    def _compare(
-        self, file: BinaryIO, first: int, others: Rows, flagged: npt.NDArray[np.bool_], index: LineIndex
-    ) -> None:
-        if not len(others):
-            return
-        anchor = _read(file, first)
-        for at in others:
-            other = _read(file, int(at))
-            same = np.count_nonzero(anchor["sketch"]["values"] == other["sketch"]["values"]) / PERMUTATIONS
-            if same < self._similarity or anchor["sketch"]["digest"] == other["sketch"]["digest"]:
+    def _compare(self, file: BinaryIO, group: Rows, flagged: npt.NDArray[np.bool_], index: LineIndex) -> None:
+        anchors = [self._read(file, int(group[0]))]
+        for position in group[1:]:
+            at = int(position)
+            if flagged[at]:
                 continue
-            flagged[at] = True
-            self._near.add(int(other["row"]))
-            if index.is_validation(int(other["row"])) and not index.is_validation(int(anchor["row"])):
-                self._leaking.add(int(other["row"]))
+            other = self._read(file, at)
+            anchor = next((anchor for anchor in anchors if self._alike(anchor, other)), None)
+            if anchor is None:
+                if len(anchors) < ANCHORS:
+                    anchors.append(other)
+            elif anchor.digest != other.digest:  # equal rows are exact duplicates, and told as such
+                flagged[at] = True
+                self._near.add(other.row)
+                if index.is_validation(other.row) and not index.is_validation(anchor.row):
+                    self._leaking.add(other.row)
+
+    def _alike(self, anchor: Sketch, other: Sketch) -> bool:
+        shorter, longer = sorted((len(anchor.hashes), len(other.hashes)))
+        # Sets of such different sizes cannot be that much alike; nobody has to look.
+        return shorter >= self._similarity * longer and similarity(anchor.hashes, other.hashes) >= self._similarity
+
+    def _read(self, file: BinaryIO, position: int) -> Sketch:
+        file.seek(self._ends[position])
+        stored = file.read(self._ends[position + 1] - self._ends[position])
+        head = np.frombuffer(stored[: _HEAD.itemsize], dtype=_HEAD)[0]
+        hashes = np.frombuffer(stored[_HEAD.itemsize :], dtype=np.uint32)
+        return Sketch(int(head["digest"]), int(head["row"]), hashes)
 
     def figures(self) -> dict[str, Any]:
         """Return how many rows nearly repeat others."""
         return {"duplicates": {"near duplicates": self._near.count}}
-
-
-_STORED = np.dtype([("row", "<u8"), ("sketch", _SKETCH)])
-
-
-def _place_column(places: list[int], sketches: npt.NDArray[np.void]) -> bytes:
-    stored = np.zeros(len(places), dtype=_STORED)
-    stored["row"] = places
-    stored["sketch"] = sketches
-    return stored.tobytes()
-
-
-def _read(file: BinaryIO, position: int) -> Any:
-    file.seek(position * _STORED.itemsize)
-    return np.frombuffer(file.read(_STORED.itemsize), dtype=_STORED)[0]
