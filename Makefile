@@ -64,9 +64,10 @@ check-lock: setup-dev ## Compare the pinned requirements with what the packages 
 lock: setup-dev ## Write requirements/*.txt anew
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh
 
-bench: setup-dev ## Run one benchmark: make bench NAME=artifacts
-	@test -n "$(NAME)" || { echo "NAME is one of: $$(cd benchmarks; ls -d */ | grep -v results | tr -d /  | xargs)"; exit 2; }
-	@$(BIN)/python benchmarks/$(NAME)/bench.py $(ARGS)
+bench: setup-dev ## Run one benchmark: make bench NAME=artifacts, or NAME=datagen-peers for benchmarks/datagen/peers.py
+	@test -n "$(NAME)" || { echo "NAME is one of: $$(cd benchmarks; ls -d */ | grep -v results | tr -d /  | xargs) datagen-quality datagen-peers"; exit 2; }
+	@name=$(NAME); case $$name in *-*) file=$${name%%-*}/$${name#*-}.py;; *) file=$$name/bench.py;; esac; \
+	  $(BIN)/python benchmarks/$$file $(ARGS)
 
 endurance: setup-dev ## Run one endurance test: make endurance NAME=jobs
 	@test -n "$(NAME)" || { echo "NAME is one of: $$(cd benchmarks; ls -d */ | xargs -I{} sh -c 'test -f {}endurance.py && echo {}' | tr -d / | xargs)"; exit 2; }
