@@ -38,6 +38,7 @@ def body_of(number: int) -> dict[str, Any]:
 
 
 async def with_loraline(url: str, requests: int, in_flight: int) -> int:
+    from loraline.datagen.llms.answer_index import AnswerIndex
     from loraline.datagen.llms.endpoint import Endpoint
     from loraline.datagen.llms.generate import LlmRun
     from loraline.datagen.llms.intake import Intake
@@ -49,7 +50,8 @@ async def with_loraline(url: str, requests: int, in_flight: int) -> int:
     settings = LlmSettings(RECIPES["instruction-response"], requests, 1)
     with tempfile.TemporaryDirectory() as folder:
         intake = Intake(settings, "bench", lambda row: row.to_line())
-        ledger = FileLedger(Path(folder) / "ledger.jsonl")
+        index = AnswerIndex(Path(folder) / "llm-answers.db")
+        ledger = FileLedger(Path(folder) / "jobs" / "one" / "llm-1" / "ledger.jsonl", index)
         pace = Pace(in_flight, limits_folder=Path(folder) / "limits")
         await LlmRun(settings, [Endpoint("default", url, "mock", "none")], ledger, intake, 1, None, pace).run()
         ledger.close()

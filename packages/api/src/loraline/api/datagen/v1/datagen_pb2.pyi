@@ -556,7 +556,9 @@ class LlmRecipe(_message.Message):
     quota_policy: Global___QuotaPolicy.ValueType
     """What to do when a quota is exhausted."""
     max_candidates_ratio: _builtins.float
-    """Candidates asked for at most, as a multiple of rows; 0 means 3."""
+    """Candidates asked for at most, as a multiple of rows; 0 means 3. Job PAUSED with LLM_CANDIDATES_EXHAUSTED when they
+    are used up and rows are kept; resuming grants them once more. Without a row the job FAILS with that reason.
+    """
     max_cost_usd: _builtins.float
     """Job PAUSED with BUDGET_REACHED above this cost in US dollars; 0 for no bound."""
     max_tokens: _builtins.int
