@@ -113,12 +113,28 @@ def _check_ranks(factors: Factors, config: dict[str, Any], max_rank: int) -> int
             "Raise LORALINE_INFERENCE_MAX_LORA_RANK, train with a smaller rank, or merge the adapter."
         )
         raise failed_precondition("RANK_TOO_HIGH", message, rank=str(rank), max_lora_rank=str(max_rank))
-    if not config.get("rank_pattern") and any(value != config.get("r") for value in found.values()):
-        message = (
-            f"adapter_config.json says rank {config.get('r')}, the weights have {rank}. They are of different runs."
-        )
-        raise failed_precondition("ADAPTER_RANK_MISMATCH", message)
+    for module, value in found.items():
+        said = _rank_said(module, config)
+        if value != said:
+            message = (
+                f"adapter_config.json says rank {said} at {module}, the weights have {value}. They are of different "
+                "runs."
+            )
+            raise failed_precondition("ADAPTER_RANK_MISMATCH", message)
     return rank
+
+
+def _rank_said(module: str, config: dict[str, Any]) -> Any:
+    """Return the rank that the settings give a module: a pattern's that names it, as PEFT reads them, else `r`."""
+    patterns = config.get("rank_pattern")
+    for pattern, rank in patterns.items() if isinstance(patterns, dict) else ():
+        try:
+            if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
+                return rank
+        except re.error as error:
+            message = f"rank_pattern in adapter_config.json holds {pattern!r}, which is no pattern: {error}."
+            raise failed_precondition("ADAPTER_RANK_MISMATCH", message) from error
+    return config.get("r")
 
 
 def _check_base(folder: Path, base: LocalBase) -> None:

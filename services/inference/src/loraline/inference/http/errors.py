@@ -69,7 +69,7 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     status = getattr(error, "status_code", 500)
     message = (
         f"There is no {request.method} {request.url.path}. There are /v1/chat/completions, /v1/completions, "
-        "/v1/models, /v1/profiles and /v1/sessions."
+        "/v1/models, /v1/profiles, /v1/sessions and /generate."
     )
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "unknown_url"}}
     return JSONResponse(body, status)
