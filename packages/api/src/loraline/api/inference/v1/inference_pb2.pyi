@@ -547,7 +547,10 @@ class ChatRequest(_message.Message):
     model: _builtins.str
     """As in GenerateRequest."""
     session: _builtins.str
-    """Session to go on with; empty for none."""
+    """Session to go on with; empty for none. NOT_FOUND when it expired or is another key's, ABORTED while another turn of
+    it is answered, RESOURCE_EXHAUSTED when its history is full. System messages hold for this turn only. A turn that
+    does not end well leaves the history as it was.
+    """
     profile: _builtins.str
     """Response profile, which brings system prompt, shape and language; empty for none. The last user message is then its
     free text. INVALID_ARGUMENT beside structured.
@@ -1253,7 +1256,9 @@ class CreateSessionRequest(_message.Message):
     """The caller's category."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long it is kept after its last use; unset means 24 hours."""
+        """How long it is kept after its last use (a turn or a reset); unset means 24 hours. INVALID_ARGUMENT above the
+        server's bound, 30 days unless its operator says otherwise.
+        """
 
     def __init__(
         self,

@@ -188,7 +188,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateSession(self, request, context):
-        """Opens a session that keeps its history on the server.
+        """Opens a session that keeps its history on the server, for the calling key alone. RESOURCE_EXHAUSTED when the key
+        has as many as it may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,7 +210,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetSession(self, request, context):
-        """Clears a session's history.
+        """Clears a session's history; a turn that is being answered is not kept then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,13 +56,15 @@ class InferenceServiceStub:
     ListProfiles: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListProfilesRequest, _inference_pb2.ListProfilesResponse]
     """Lists response profiles."""
     CreateSession: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CreateSessionRequest, _inference_pb2.CreateSessionResponse]
-    """Opens a session that keeps its history on the server."""
+    """Opens a session that keeps its history on the server, for the calling key alone. RESOURCE_EXHAUSTED when the key
+    has as many as it may have.
+    """
     GetSession: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetSessionRequest, _inference_pb2.GetSessionResponse]
     """Returns a session with its history."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListSessionsRequest, _inference_pb2.ListSessionsResponse]
     """Lists the caller's sessions, newest first, in pages."""
     ResetSession: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ResetSessionRequest, _inference_pb2.ResetSessionResponse]
-    """Clears a session's history."""
+    """Clears a session's history; a turn that is being answered is not kept then."""
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DeleteSessionRequest, _inference_pb2.DeleteSessionResponse]
     """Deletes a session."""
 
@@ -94,13 +96,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     ListProfiles: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListProfilesRequest, _inference_pb2.ListProfilesResponse]  # type: ignore[assignment]
     """Lists response profiles."""
     CreateSession: _aio.UnaryUnaryMultiCallable[_inference_pb2.CreateSessionRequest, _inference_pb2.CreateSessionResponse]  # type: ignore[assignment]
-    """Opens a session that keeps its history on the server."""
+    """Opens a session that keeps its history on the server, for the calling key alone. RESOURCE_EXHAUSTED when the key
+    has as many as it may have.
+    """
     GetSession: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetSessionRequest, _inference_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Returns a session with its history."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListSessionsRequest, _inference_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists the caller's sessions, newest first, in pages."""
     ResetSession: _aio.UnaryUnaryMultiCallable[_inference_pb2.ResetSessionRequest, _inference_pb2.ResetSessionResponse]  # type: ignore[assignment]
-    """Clears a session's history."""
+    """Clears a session's history; a turn that is being answered is not kept then."""
     DeleteSession: _aio.UnaryUnaryMultiCallable[_inference_pb2.DeleteSessionRequest, _inference_pb2.DeleteSessionResponse]  # type: ignore[assignment]
     """Deletes a session."""
 
@@ -195,7 +199,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.CreateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CreateSessionResponse, _abc.Awaitable[_inference_pb2.CreateSessionResponse]]:
-        """Opens a session that keeps its history on the server."""
+        """Opens a session that keeps its history on the server, for the calling key alone. RESOURCE_EXHAUSTED when the key
+        has as many as it may have.
+        """
 
     @_abc_1.abstractmethod
     def GetSession(
@@ -219,7 +225,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ResetSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ResetSessionResponse, _abc.Awaitable[_inference_pb2.ResetSessionResponse]]:
-        """Clears a session's history."""
+        """Clears a session's history; a turn that is being answered is not kept then."""
 
     @_abc_1.abstractmethod
     def DeleteSession(
