@@ -121,7 +121,12 @@ def test_truncation_against_a_tokenizer(tmp_path: Path, byte_level: Path) -> Non
     finding = next(finding for finding in checked.findings if finding.code == "ROW_TRUNCATED")
     longest = max(checked.figures()["tokens"])
     assert f"the longest has {longest}" in finding.message
-    assert "tokens of all rows would be cut off" in finding.message
+    assert "tokens of all rows would be cut off: " in finding.message
+    told = checked.figures()["truncated"]
+    assert {one["row"] for one in told["worst"]} == {"train.jsonl:397", "train.jsonl:398"}
+    assert told["worst"][0]["lost"] == longest - 256 and told["worst"][0]["tokens"] == longest
+    assert f"{told['worst'][0]['row']} loses {longest - 256} of {longest}" in finding.message
+    assert sum(told["rows_by_share_lost"].values()) == 2
 
 
 def test_letters_that_are_written_byte_by_byte(tmp_path: Path, byte_level: Path) -> None:

@@ -17,6 +17,7 @@ STYLE = """
 .facts span{color:var(--soft);font-size:.85rem}
 article{border:1px solid var(--line);border-left:.35rem solid var(--info);border-radius:.4rem;padding:.7rem 1rem;
 margin:.8rem 0}
+article.error,article.warning,article.info{color:inherit}
 article.error{border-left-color:var(--error)}article.warning{border-left-color:var(--warning)}
 .tag{font-size:.75rem;font-weight:600;text-transform:uppercase;letter-spacing:.04em;margin-right:.5rem}
 .error .tag{color:var(--error)}.warning .tag{color:var(--warning)}.info .tag{color:var(--info)}
@@ -117,6 +118,9 @@ def _charts(report: dict[str, Any]) -> str:
         bars("Kinds of rows", figures["kinds"]),
         bars("Formats of the answers", figures["formats"]),
         bars("Rows that repeat others", figures["duplicates"], zeros=True),
+        bars(
+            "Rows that max_length cuts, by what they lose", figures.get("truncated", {}).get("rows_by_share_lost", {})
+        ),
         bars(f"Emoji ({figures['rows_with_emoji']:,} rows have some)", dict(list(figures["emoji"].items())[:10])),
     ]
     severities = Counter(finding["severity"] for finding in report["findings"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import regex
 
+from loraline.datagen.quality.latin import other_latin_language
 from loraline.datagen.quality.rules.rule import RowRule, quoted
 from loraline.datagen.quality.scripts import DIGITS, EMOJI, LATIN, language_of, letters_by_script
 from loraline.datagen.quality.seen import SeenRow
@@ -30,14 +31,17 @@ _FOREIGN = {
 def is_written_in(text: str, language: str) -> bool:
     """Return whether most letters of a text are those of the language; a text without letters is fine."""
     found = language_of(letters_by_script(text))
-    return found == "none" or _LANGUAGE.get(found, found) == language
+    if found == "none":
+        return True
+    return _LANGUAGE.get(found, found) == language and not (language == "en" and other_latin_language(text))
 
 
 class LanguageRule(RowRule):
     """Purity of language in answers, judged by script; of JSON only the texts count, not the names of fields.
 
     An answer is in the wrong language when most of its letters are of another script (Han and Hangul weigh more than
-    Latin: they say more), else stray letters are told. What a row with no letters at all is in, nobody can tell.
+    Latin: they say more), or when English is wanted and its commonest words are another language's; else stray letters
+    are told. What a row with no letters at all is in, nobody can tell.
     """
 
     def __init__(self, settings: CheckSettings) -> None:
@@ -62,7 +66,7 @@ class LanguageRule(RowRule):
 
     def _language_of(self, text: str, found: str) -> Iterator[tuple[str, str]]:
         wanted = LANGUAGES[self._language]
-        if found != self._language:
+        if found != self._language or (found == "en" and other_latin_language(text)):
             yield "WRONG_LANGUAGE", f"not {wanted}, such as {quoted(text)}."
             return
         stray = _FOREIGN[self._language].search(text)

@@ -74,10 +74,10 @@ class NearDuplicatesRule(Rule):
     """Rows that share `similarity` of their n-grams (Jaccard index) with an earlier row.
 
     21 bands of 6 values (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4) bring a pair at 0.8 together
-    with a probability of 99.8 %, at 0.9 of all but one in ten million; rows that come together are compared by all their
-    n-grams. In a band a row is compared with the first rows that are unlike each other, eight at most. Rows of fewer
-    than 16 n-grams are left out: two short greetings are similar by nature. benchmarks/datagen/quality.py measures how
-    many pairs are found.
+    with a probability of 99.8 %, at 0.9 of all but one in ten million; rows that come together are compared by all
+    their n-grams. In a band a row is compared with the first rows that are unlike each other, eight at most. Rows of
+    fewer than 16 n-grams are left out: two short greetings are similar by nature. benchmarks/datagen/quality.py
+    measures how many pairs are found.
     """
 
     def __init__(self, folder: Path, similarity: float) -> None:

@@ -9,13 +9,45 @@ from typing import Any
 from loraline.datagen.quality.findings import Finding
 from loraline.datagen.quality.rules.rule import RowRule, of_rows
 from loraline.datagen.quality.seen import LineIndex, SeenRow
-from loraline.datagen.quality.tally import Frequent
+from loraline.datagen.quality.tally import ROWS_SHOWN, Frequent
 
 BATCH = 128
 TURN_TOKENS = 5
 """What a chat template of the usual form (ChatML) adds to each turn: begin mark, role, line end, end mark, line end."""
 SOUP_SHARE = 0.05
 CHARACTERS_TOLD = 12
+SHARES_LOST = ((0.1, "up to a tenth"), (0.25, "up to a quarter"), (0.5, "up to half"), (1.0, "more than half"))
+
+
+class Cut:
+    """The rows that lose most to max_length, and how many lose how much."""
+
+    def __init__(self) -> None:
+        self.worst: list[tuple[int, int, int]] = []
+        """Row number, its length and what it loses in tokens; most first."""
+        self._shares: Counter[str] = Counter()
+        self._places: list[str] = []
+
+    def add(self, length: int, number: int, most: int) -> None:
+        """Take a row in that is longer than `most` tokens."""
+        lost = length - most
+        share = next(name for bound, name in SHARES_LOST if lost <= bound * length)
+        self._shares[share] += 1
+        self.worst.append((number, length, lost))
+        self.worst.sort(key=lambda row: (-row[2], row[0]))
+        del self.worst[ROWS_SHOWN:]
+
+    def place(self, index: LineIndex) -> None:
+        """Find the places of the rows; once, when all are there."""
+        self._places = [index.place(number) for number, _, _ in self.worst]
+
+    def told(self) -> dict[str, Any]:
+        """Return rows by the share that they lose, and those that lose most."""
+        rows = zip(self._places, self.worst, strict=False)
+        return {
+            "rows_by_share_lost": {name: self._shares[name] for _, name in SHARES_LOST if self._shares[name]},
+            "worst": [{"row": place, "tokens": length, "lost": lost} for place, (_, length, lost) in rows],
+        }  # fmt: skip
 
 
 class TokensRule(RowRule):
@@ -34,6 +66,7 @@ class TokensRule(RowRule):
         self._odd = {"UNKNOWN_CHARACTERS": Frequent(), "BYTE_SOUP": Frequent()}
         self._letters = 0
         self._lost = self._longest = 0
+        self._cut = Cut()
 
     def see(self, row: SeenRow) -> None:
         """Take one row in; rows are read by the tokenizer in batches."""
@@ -64,9 +97,9 @@ class TokensRule(RowRule):
             counts.append((message["role"], len(found) + TURN_TOKENS))
             if not message["content"].isascii():
                 odd |= self._see_characters(message["content"], found, row.number)
-        return [*self._measure(counts), *sorted(odd)]
+        return [*self._measure(counts, row.number), *sorted(odd)]
 
-    def _measure(self, counts: list[tuple[str, int]]) -> Iterator[str]:
+    def _measure(self, counts: list[tuple[str, int]], number: int) -> Iterator[str]:
         length = sum(count for _, count in counts)
         self._lengths[length] += 1
         self._longest = max(self._longest, length)
@@ -78,6 +111,7 @@ class TokensRule(RowRule):
                 break
             before += count
         self._lost += length - self._max_length
+        self._cut.add(length, number, self._max_length)
         yield "ANSWER_CUT_AWAY" if before >= self._max_length else "ROW_TRUNCATED"
 
     def _see_characters(self, text: str, encoded: Any, number: int) -> set[str]:
@@ -100,10 +134,12 @@ class TokensRule(RowRule):
     def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
         """Yield truncation, unknown characters and soup."""
         self._read()
+        worst = ", ".join(f"{index.place(row)} loses {lost} of {length}" for row, length, lost in self._cut.worst[:3])
         cut = (
             f"longer than {self._max_length} tokens (the longest has {self._longest}); {self._lost} tokens of all rows "
+            f"would be cut off: {worst}."
         )
-        cut += "would be cut off."
+        self._cut.place(index)
         for code, what in (
             ("ANSWER_CUT_AWAY", "prompts that leave no token of an answer, in rows "),
             ("ROW_TRUNCATED", ""),
@@ -127,4 +163,4 @@ class TokensRule(RowRule):
 
     def figures(self) -> dict[str, Any]:
         """Return the lengths in tokens."""
-        return {"tokens": self._lengths, "max_length": self._max_length}
+        return {"tokens": self._lengths, "max_length": self._max_length, "truncated": self._cut.told()}
