@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import sys
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import sqlalchemy as sa
 from aiohttp import web
 
-from loraline.api.datagen.v1 import datagen_pb2
+from loraline.api.datagen.v1 import datagen_pb2, datagen_pb2_grpc
 from loraline.api.job.v1 import job_pb2
 from loraline.core.config import CoreSettings
 from loraline.core.db.schema import llm_calls
@@ -71,40 +76,61 @@ def _no_items() -> web.Response:
     return completion("No.")
 
 
+@asynccontextmanager
+async def machine_apart(settings: dict[str, str]) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run the service in a process of its own; yield it and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, **settings, "LORALINE_LISTEN": listen}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "loraline.datagen", env=environment)
+    try:
+        yield process, listen
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
 async def test_another_machine_takes_a_job_over_and_repeats_no_call(
     provider: FakeProvider, postgres: PostgresServer, tmp_path: Path
 ) -> None:
     """Two machines share a Postgres and a store, and no disk besides. The first one dies in the middle of the job."""
-    database = postgres.new_database()
-
-    def machine(name: str) -> CoreSettings:
-        return CoreSettings(
-            data_dir=tmp_path / name, database_url=database, store_url=f"file://{tmp_path / 'store'}",
-            listen="127.0.0.1:0", metrics_listen="", auth="off", poll_seconds=0.1, lease_seconds=3,
-        )  # fmt: skip
-
+    shared = {
+        "database_url": postgres.new_database(), "store_url": f"file://{tmp_path / 'store'}", "metrics_listen": "",
+        "auth": "off", "poll_seconds": "0.1", "lease_seconds": "3",
+    }  # fmt: skip
     answer = provider.default
     provider.default = lambda body: (0.1, answer(body))
-    async with serving(machine("a"), tmp_path) as first:
-        name = (await first.datagen.GenerateDataset(request_of(rows=120, batch_size=2))).job.name
-        while len(provider.requests) < 25:
-            await asyncio.sleep(0.05)
-        # The machine is gone: its process for the job is killed, and nobody there takes it up again.
-        await first.jobs.PauseJob(job_pb2.PauseJobRequest(name=name))
-        paused = await first.finished(name)
-        assert paused.state == job_pb2.JOB_STATE_PAUSED
-    asked = len(provider.requests)
+    environment = {f"LORALINE_{name.upper()}": text for name, text in shared.items()}
+    async with machine_apart({**environment, "LORALINE_DATA_DIR": str(tmp_path / "a")}) as (first, address):
+        async with grpc.aio.insecure_channel(address) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 60)
+            stub = datagen_pb2_grpc.DatagenServiceStub(channel)
+            name = (await stub.GenerateDataset(request_of(rows=120, batch_size=2))).job.name
+            async with asyncio.timeout(60):
+                while len(provider.requests) < 25:
+                    await asyncio.sleep(0.02)
+        first.kill()
+        await first.wait()
+    await asyncio.sleep(1.0)  # The job's process goes with its service.
+    before = len(provider.requests)
+    assert before < 60
     assert not list((tmp_path / "a").rglob("ledger.jsonl"))
-    async with serving(machine("b"), tmp_path) as second:
-        await second.jobs.ResumeJob(job_pb2.ResumeJobRequest(name=name))
-        await asyncio.sleep(0.3)
-        done = await second.finished(name)
+    settings = CoreSettings(**{**shared, "data_dir": tmp_path / "b", "listen": "127.0.0.1:0"})  # type: ignore[arg-type]
+    async with serving(settings, tmp_path) as second:
+        with second.platform.database.read() as connection:
+            recorded = {call for (call,) in connection.execute(sa.select(llm_calls.c.call))}
+        assert len(recorded) >= before - 13  # what was under way, and on its way to the database
+        done = await second.finished(name, 120)
         assert result_of(done).rows_by_outcome["accepted"] == 120
-        assert len(provider.requests) == 60
-        assert asked < 60
+        asked = Counter(_batch_of(body) for body in provider.requests)
+        assert {asked[call] for call in recorded} == {1}
+        assert len(provider.requests) <= 60 + 13
         # And a new job, on this machine, starts from what both have paid for.
+        total = len(provider.requests)
         result_of(await generate(second, request_of("again", rows=120, batch_size=2)))
-        assert len(provider.requests) == 60
+        assert len(provider.requests) == total
 
 
 async def test_a_killed_process_on_postgres_repeats_only_what_was_under_way(
