@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
-from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
 from loraline.trainer import checkpoints
@@ -23,6 +21,7 @@ from loraline.trainer.engines.encoding import EncodedRow
 from loraline.trainer.engines.loading import Precision, load_adapter
 from loraline.trainer.engines.preparing import PreparedData
 from loraline.trainer.engines.resuming import ResumeReceipt
+from loraline.trainer.engines.row_trainer import RowTrainer
 from loraline.trainer.engines.samples import SampleAnswers
 from loraline.trainer.engines.sampling import EpochSampler
 from loraline.trainer.spec import LoraSpec, TrainingSpec
@@ -53,31 +52,6 @@ class Start:
     adapter: Path | None
     """Folder of the adapter to go on from; None for a fresh one."""
     samples: SampleAnswers
-
-
-class _Trainer(SFTTrainer):
-    """SFTTrainer with our order of rows, and evaluations that leave the training as it was."""
-
-    def __init__(self, *args: Any, lengths: list[int], order_seed: int, **kwargs: Any):
-        self._lengths, self._order_seed = lengths, order_seed
-        super().__init__(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # By the effective batch, so that the order stays when memory runs out and micro-batches get smaller.
-        effective = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(self._lengths, effective, self._order_seed)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without drawing from training's random numbers.
-
-        Otherwise a run paused where an evaluation was due would go on with other dropout than one never paused.
-        """
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            return super().evaluate(*args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none into checkpoints; the adapter gets its own."""
 
 
 def train(
@@ -145,7 +119,7 @@ def _build(
     folder: Path,
     observer: RunObserver,
     start: Start,
-) -> tuple[_Trainer, Stopping]:
+) -> tuple[RowTrainer, Stopping]:
     if precision.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
     if start.adapter is not None:
@@ -158,7 +132,7 @@ def _build(
             raise _nothing_to_evaluate()
         callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
     try:
-        trainer = _Trainer(
+        trainer = RowTrainer(
             model=model,
             args=_arguments(data, spec, precision, folder),
             train_dataset=_dataset(data.train),
@@ -257,7 +231,7 @@ def _with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _tokens_seen(trainer: _Trainer, data: PreparedData, spec: TrainingSpec) -> int:
+def _tokens_seen(trainer: RowTrainer, data: PreparedData, spec: TrainingSpec) -> int:
     """Count the tokens of every row shown, from the order itself, so that a resumed run counts right."""
     rows = [len(row.input_ids) for row in data.train]
     epochs = float(trainer.state.epoch or 0.0)
