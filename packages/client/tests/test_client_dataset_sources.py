@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from click.testing import Result
@@ -74,16 +75,31 @@ async def model(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Model]:
 async def address(tmp_path: Path) -> AsyncIterator[str]:
     """A real datagen, the artifact and job services beside it."""
     settings = CoreSettings(
-        data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics_listen="", auth="off", poll_seconds=0.1
+        data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", auth="off", poll_seconds=0.1
     )
     platform = await asyncio.to_thread(open_platform, settings)
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(serve(settings, [build], platform=platform, ready=ready.set_result, stop=stop))
     await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
+    METRICS[ready.result().grpc] = ready.result().metrics
     yield ready.result().grpc
     stop.set()
     await serving
     platform.database.close()
+
+
+METRICS: dict[str, str] = {}
+
+
+async def scraped(address: str, line: str) -> bool:
+    """Return whether a line comes to stand in the service's /metrics; a job's last figures follow it."""
+    async with aiohttp.ClientSession() as session:
+        for _ in range(100):
+            async with session.get(f"http://{METRICS[address]}/metrics") as response:
+                if line in (await response.text()).splitlines():
+                    return True
+            await asyncio.sleep(0.1)
+    return False
 
 
 async def call(address: str, *arguments: str) -> Result:
@@ -206,6 +222,8 @@ async def test_sources_of_a_dataset_are_uploaded_from_local_folders(address: str
         assert outcome.result.rows_by_outcome["accepted"] == 1 + 2 + 4
         job = await client.jobs.get(outcome.job)
         assert sorted(ref.name for ref in job.inputs) == ["boats-pages", "boats-talk"]
+        # A converted row, two that a model read, four of templates: counted where Prometheus reads.
+        assert await scraped(address, 'loraline_datagen_rows_total{outcome="accepted"} 7.0')
         again = await PipelineRun(client, spec, _Silent()).run()
         assert next(one for one in again.outcomes if one.stage == "dataset:mixed").how == "already done"
         (pipeline.parent / "pages" / "a.html").write_text("<p>The Gull-3 is in.</p>")
