@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from array import array
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _POWERS = [np.uint64(pow(_PRIME, power, 2**64)) for power in range(SHINGLE)]
 # One odd multiplier for each row of a band: equal sums are equal bands but for one in 2**64.
 _BAND_FACTORS = np.array([pow(_PRIME, row + 1, 2**64) | 1 for row in range(BAND_ROWS)], dtype=np.uint64)
-_HEAD = np.dtype([("digest", "<u8"), ("row", "<u8")])
+_HEAD = np.dtype([("digest", "<u8"), ("row", "<u8"), ("signature", "<u4", (PERMUTATIONS,))])
+LOOSE = 0.14
+"""Rows whose signatures agree less than the similarity less this (four standard errors at 0.8) are not looked at."""
 
 
 def shingles(text: str) -> npt.NDArray[np.uint32]:
@@ -54,11 +57,15 @@ def shingles(text: str) -> npt.NDArray[np.uint32]:
 
 
 class Sketch(NamedTuple):
-    """What is kept of a row: eight bytes of its digest, its number, and the smallest hashes of its n-grams, sorted."""
+    """What is kept of a row: its place in the file, eight bytes of its digest, its number, and its MinHash signature.
 
+    The smallest hashes of its n-grams, sorted, are read when they are needed.
+    """
+
+    position: int
     digest: int
     row: int
-    hashes: npt.NDArray[np.uint32]
+    signature: npt.NDArray[np.uint32]
 
 
 def similarity(one: npt.NDArray[np.uint32], other: npt.NDArray[np.uint32]) -> float:
@@ -100,8 +107,8 @@ class NearDuplicatesRule(Rule):
         self._hash.update_batch(hashes.tolist())
         self._batch[self._waiting] = self._hash.hashvalues
         kept = hashes[:KEPT_HASHES].tobytes()
-        head = np.array([(int.from_bytes(row.digest[:8], "little"), row.number)], dtype=_HEAD)
-        self._file.write(head.tobytes() + kept)
+        head = row.digest[:8] + row.number.to_bytes(8, "little") + self._hash.hashvalues.astype("<u4").tobytes()
+        self._file.write(head + kept)
         self._ends.append(self._ends[-1] + _HEAD.itemsize + len(kept))
         self._waiting += 1
         if self._waiting == BATCH:
@@ -126,23 +133,28 @@ class NearDuplicatesRule(Rule):
         flagged = np.zeros(len(self._ends) - 1, dtype=bool)
         with self._sketches.open("rb") as file:
             for group in self._bands.groups():
-                self._compare(file, group, flagged, index)
+                self._compare(file.fileno(), group, flagged, index)
         self._sketches.unlink()
         if self._near.count:
             yield of_rows("NEAR_DUPLICATES", self._near, total)
         if self._leaking.count:
             yield of_rows("NEAR_LEAKAGE", self._leaking, total)
 
-    def _compare(self, file: BinaryIO, group: Rows, flagged: npt.NDArray[np.bool_], index: LineIndex) -> None:
+    def _compare(self, file: int, group: Rows, flagged: npt.NDArray[np.bool_], index: LineIndex) -> None:
         anchors = [self._read(file, int(group[0]))]
+        signatures = np.zeros((ANCHORS, PERMUTATIONS), dtype=np.uint32)
+        signatures[0] = anchors[0].signature
         for position in group[1:]:
             at = int(position)
             if flagged[at]:
                 continue
             other = self._read(file, at)
-            anchor = next((anchor for anchor in anchors if self._alike(anchor, other)), None)
+            agreeing = (signatures[: len(anchors)] == other.signature).sum(axis=1)
+            near = np.flatnonzero(agreeing >= (self._similarity - LOOSE) * PERMUTATIONS)
+            anchor = next((anchors[one] for one in near if self._alike(file, anchors[one], other)), None)
             if anchor is None:
                 if len(anchors) < ANCHORS:
+                    signatures[len(anchors)] = other.signature
                     anchors.append(other)
             elif anchor.digest != other.digest:  # equal rows are exact duplicates, and told as such
                 flagged[at] = True
@@ -150,17 +162,18 @@ class NearDuplicatesRule(Rule):
                 if index.is_validation(other.row) and not index.is_validation(anchor.row):
                     self._leaking.add(other.row)
 
-    def _alike(self, anchor: Sketch, other: Sketch) -> bool:
-        shorter, longer = sorted((len(anchor.hashes), len(other.hashes)))
-        # Sets of such different sizes cannot be that much alike; nobody has to look.
-        return shorter >= self._similarity * longer and similarity(anchor.hashes, other.hashes) >= self._similarity
+    def _alike(self, file: int, anchor: Sketch, other: Sketch) -> bool:
+        alike = similarity(self._hashes(file, anchor.position), self._hashes(file, other.position))
+        return alike >= self._similarity
 
-    def _read(self, file: BinaryIO, position: int) -> Sketch:
-        file.seek(self._ends[position])
-        stored = file.read(self._ends[position + 1] - self._ends[position])
-        head = np.frombuffer(stored[: _HEAD.itemsize], dtype=_HEAD)[0]
-        hashes = np.frombuffer(stored[_HEAD.itemsize :], dtype=np.uint32)
-        return Sketch(int(head["digest"]), int(head["row"]), hashes)
+    def _read(self, file: int, position: int) -> Sketch:
+        stored = os.pread(file, _HEAD.itemsize, self._ends[position])
+        digest, row = int.from_bytes(stored[:8], "little"), int.from_bytes(stored[8:16], "little")
+        return Sketch(position, digest, row, np.frombuffer(stored, dtype=np.uint32, offset=16))
+
+    def _hashes(self, file: int, position: int) -> npt.NDArray[np.uint32]:
+        begin = self._ends[position] + _HEAD.itemsize
+        return np.frombuffer(os.pread(file, self._ends[position + 1] - begin, begin), dtype=np.uint32)
 
     def figures(self) -> dict[str, Any]:
         """Return how many rows nearly repeat others."""
