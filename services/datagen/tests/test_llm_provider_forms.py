@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from loraline.api.datagen.v1 import datagen_pb2
+from loraline.api.job.v1 import job_pb2
 from loraline.core.errors import LoralineError
 from loraline.core.jobs.handlers import JobPaused
 from loraline.datagen.llms.endpoint import Endpoint
@@ -23,6 +25,7 @@ from loraline.datagen.llms.recipes import RECIPES
 from loraline.datagen.llms.routes import Pace
 from loraline.datagen.rows import Row
 
+from .conftest import Running
 from .raw_provider import Script, http, playing
 
 DAILY = "GenerateRequestsPerDayPerProjectPerModel-FreeTier"
@@ -268,3 +271,37 @@ async def test_texts_of_models_give_their_whole_items_and_no_others(name: str, t
             assert done.intake.rungs[rung] >= 1
         else:
             assert done.intake.outcomes["filtered"] == BATCH
+
+
+@pytest.mark.slow
+async def test_forms_through_jobs_of_a_service(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Provider, service, job: the same bodies end in a PAUSED job, which resuming finishes with exactly N rows."""
+    for name in ("gemini_in_an_array", "gateway_cooldown", "openrouter_epoch_ms_with_200"):
+        response, reason, wait = next(form[1:] for form in limit_forms() if form[0] == name)
+        broken = BROKEN["half_closed_in_the_body"]
+        async with playing([good(0)], [good(3)], [response], [good(6)], broken, [good(9)]) as it:
+            monkeypatch.setenv("LLM_RAW_BASE_URL", it.url)
+            monkeypatch.setenv("LLM_RAW_MODEL", "toy")
+            monkeypatch.setenv("LLM_RAW_PROBE", "off")
+            monkeypatch.setenv("LORALINE_DATAGEN_LLM_CONCURRENCY", "1")
+            monkeypatch.setenv("LORALINE_DATAGEN_LLM_BACKOFF_SECONDS", "0.01")
+            request = datagen_pb2.GenerateDatasetRequest(name="asked")
+            endpoint = datagen_pb2.LlmEndpoint(name="raw")
+            recipe = datagen_pb2.LlmRecipe(
+                recipe="instruction-response", rows=ROWS, batch_size=BATCH, endpoints=[endpoint]
+            )  # fmt: skip
+            request.sources.add(name="asked", llm=recipe)
+            begin = time.time()
+            job = await running.finished((await running.datagen.GenerateDataset(request)).job.name)
+            assert (job.state, job.pause.reason) == (job_pb2.JOB_STATE_PAUSED, reason), name
+            assert f"6 of {ROWS} rows are kept" in job.pause.message
+            assert job.pause.HasField("retry_time") == (wait is not None)
+            if wait is not None:
+                assert wait - 5 < job.pause.retry_time.ToSeconds() - begin < wait + 90
+            await running.jobs.ResumeJob(job_pb2.ResumeJobRequest(name=job.name))
+            done = await running.finished(job.name, 90)
+            assert done.state == job_pb2.JOB_STATE_SUCCEEDED, done.error.message
+            result = datagen_pb2.DatasetResult()
+            assert done.result.Unpack(result)
+            assert result.train_rows + result.validation_rows == ROWS
+            assert len(it.requests) == 6
