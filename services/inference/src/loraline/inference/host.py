@@ -55,7 +55,7 @@ class ModelHost:
         self._changing = asyncio.Lock()
         self._readiness = Readiness()
         self._holds = Holds(library.database, lambda: self._serving)
-        self._watch = EngineWatch(settings, self._watched, self._restart)
+        self._watch = EngineWatch(settings, lambda: None if self._changing.locked() else self._serving, self._restart)
         self._backoff = Backoff(settings.restart_backoff_seconds)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -263,9 +263,6 @@ class ModelHost:
                 await serving.adapters.load(await self._names.resolve(parse_ref(text)))
             except LoralineError as error:
                 _log.warning("adapter_not_back", adapter=text, reason=error.reason, message=error.message)
-
-    def _watched(self) -> Serving | None:
-        return None if self._changing.locked() else self._serving
 
     async def _restart(self, serving: Serving, failure: Failure) -> None:
         """Start an engine again that died or hangs, waiting longer after each failure."""
