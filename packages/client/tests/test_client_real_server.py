@@ -210,6 +210,13 @@ async def test_the_async_sdk_converts_watches_and_fetches(server: RealServer, tm
         assert nothing_loaded.value.reason == "NO_MODEL_LOADED"
 
 
+def test_response_profiles_are_listed(server: RealServer) -> None:
+    challenge, *others = server.data_of("profiles", "list")
+    assert (challenge["name"], challenge["event"], challenge["language"]) == ("challenge", "challenge", "ko")
+    assert [profile["name"] for profile in others] == ["commands", "extract"]
+    assert "location, work_type, category, free text" in " ".join(server.call("profiles", "list").split("\t"))
+
+
 @pytest.mark.slow
 def test_a_model_is_pushed_loaded_and_asked(server: RealServer, tmp_path: Path) -> None:
     from loraline.trainer.testing import make_base

@@ -82,6 +82,7 @@ class Inference(Blocking[AsyncInference]):
     answer = blocking(AsyncInference.answer)
     generate = blocking(AsyncInference.generate)
     models = blocking(AsyncInference.models)
+    profiles = blocking(AsyncInference.profiles)
     load_model = blocking(AsyncInference.load_model)
     load_adapter = blocking(AsyncInference.load_adapter)
     unload_adapter = blocking(AsyncInference.unload_adapter)

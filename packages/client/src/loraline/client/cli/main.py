@@ -9,7 +9,18 @@ from importlib.metadata import EntryPoint, entry_points
 import typer
 
 from loraline.client.cli.app import App, begin, invocation
-from loraline.client.cli.commands import adapters, artifacts, chat, datasets, jobs, models, pipelines, runs, version
+from loraline.client.cli.commands import (
+    adapters,
+    artifacts,
+    chat,
+    datasets,
+    jobs,
+    models,
+    pipelines,
+    profiles,
+    runs,
+    version,
+)
 from loraline.client.cli.failures import INTERRUPTED
 
 HELP = """From raw text to a served, proven LoRA adapter.
@@ -33,7 +44,7 @@ def build() -> typer.Typer:
     """Return the whole command, with those that other installed packages add."""
     app = App(help=HELP, add_completion=True)
     app.callback()(begin)
-    for module in (pipelines, jobs, runs, artifacts, datasets, models, adapters, chat, version):
+    for module in (pipelines, jobs, runs, artifacts, datasets, models, adapters, chat, profiles, version):
         module.register(app)
     found = {point.name: point for point in entry_points(group=PLUGIN_GROUP)}
     for name, package in _INSTALL.items():

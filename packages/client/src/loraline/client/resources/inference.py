@@ -96,6 +96,15 @@ class AsyncInference:
 
         return [model async for model in pages(page, lambda reply: reply.models)]
 
+    async def profiles(self) -> list[inference_pb2.Profile]:
+        """Return the response profiles, by name."""
+
+        async def page(token: str) -> inference_pb2.ListProfilesResponse:
+            request = inference_pb2.ListProfilesRequest(page_token=token)
+            return await self._endpoint.unary(self._stub.ListProfiles, request)
+
+        return [profile async for profile in pages(page, lambda reply: reply.profiles)]
+
     async def load_model(self, model: trainer_pb2.BaseModel, served_name: str = "") -> inference_pb2.ServedModel:
         """Replace the base model that the engine serves."""
         request = inference_pb2.LoadModelRequest(model=model, served_name=served_name)
