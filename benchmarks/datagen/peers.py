@@ -153,7 +153,6 @@ async def run(installs: Path, rounds: int, rows: int, latency: float) -> tuple[l
     os.sched_setaffinity(0, {cores[-1]})  # The server, which runs in this process.
     rates, versions = await speed(bench, clients, rounds, rows)
     told, fastest = compared(rates)
-    print("\n".join(told), flush=True)
     faulty, once = await faults(bench, clients)
     settings = [f"info {client.name}_in_flight {client.in_flight}" for client in clients]
     settings += [f"info rows {rows}", f"info latency_seconds {latency}", f"info rounds {rounds}"]

@@ -11,7 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,14 @@ class Bench:
             ends: set[asyncio.Task[Any]] = {asyncio.create_task(process.wait())}
             if kill_at is not None:
                 ends.add(asyncio.create_task(kill_at()))
-            await asyncio.wait(ends, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            try:
+                await asyncio.wait(ends, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                with suppress(ProcessLookupError):  # Its processes are gone too when it ended by itself.
+                    os.killpg(process.pid, signal.SIGKILL)
+                for end in ends:
+                    end.cancel()
             code = await process.wait()
-            for end in ends:
-                end.cancel()
         return outcome_of(folder, code, time.monotonic() - begin)
 
 
