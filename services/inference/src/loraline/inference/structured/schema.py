@@ -18,7 +18,7 @@ _FORMATS = (
 )
 """What decoding enforces of `format`; the rest is checked after."""
 _PRINTABLE = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
-"""What a JSON string holds without an escape; as ranges, since the class of all others would take in half characters."""
+"""What a JSON string holds without an escape; as ranges: the class of all others takes in half characters."""
 _CHECKED_AFTER = ("multipleOf", "uniqueItems", "contains", "minContains", "maxContains")
 _VALUES = ("const", "enum", "default", "examples", "required", "dependentRequired")
 """Keywords whose content holds no schema."""
