@@ -1,8 +1,10 @@
 """Measures convert and check: rows a second, and memory from a hundred thousand to a million rows.
 
-`python benchmarks/datagen/quality.py [ROWS]`. Every measurement runs in a process of its own, whose largest resident
-set is read when it ends; memory is flat when ten times the rows need little more. Near duplicates are measured beside
+`python benchmarks/datagen/quality.py [ROWS]`, or `… near` for near duplicates alone (datagen-near.txt). Every
+measurement runs in a process of its own, whose largest resident set is read when it ends; memory is flat when ten
+times the rows need little more. Near duplicates are measured beside
 datasketch's own in-memory index (MinHashLSH) on the same rows; what that finds are candidates, compared no further.
+Recall is measured on pairs whose Jaccard index is known: a text and the same with some of its words replaced.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "datagen-quality.txt"
 NEAR_ROWS = 20_000
+RECALL_PAIRS = 4_000
 FLAT_MIB = 100
 """Growth in MiB from a tenth of the rows to all of them that still counts as flat."""
 NOUNS = (
@@ -129,6 +132,53 @@ def near_peer(folder: Path, rows: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begin, "near": near}
 
 
+def recall(folder: Path, rows: int) -> dict[str, float]:
+    """Find the second of each of so many pairs; the share found, by the pair's exact Jaccard index in tenths."""
+    import numpy as np
+
+    from loraline.datagen.quality.rules.near import FirstRows, NearDuplicatesRule, shingles
+    from loraline.datagen.quality.seen import TRAIN, LineIndex, SeenRow
+
+    class Every(FirstRows):
+        numbers_found: set[int] = set()  # noqa: RUF012 - one rule in one process
+
+        def add(self, number: int) -> None:
+            self.numbers_found.add(number)
+            super().add(number)
+
+    index, rule, source = LineIndex(), NearDuplicatesRule(folder, 0.8), random.Random(5)
+    rule._near = Every()
+    indices: list[float] = []
+    for number in range(rows):
+        pair = _pair(source)
+        one, other = shingles(pair[0]), shingles(pair[1])
+        common = len(np.intersect1d(one, other))
+        indices.append(common / (len(one) + len(other) - common))
+        for at, text in enumerate(pair, start=1):
+            messages = [{"role": "assistant", "content": text}]
+            rule.see(SeenRow(TRAIN, index.number(TRAIN, 2 * number + at), {}, messages))
+    list(rule.findings(2 * rows, index))
+    found = Every.numbers_found
+    told: dict[str, float] = {}
+    for low, high in ((0.0, 0.75), (0.75, 0.8), (0.8, 0.85), (0.85, 0.9), (0.9, 1.0)):
+        members = [number for number, value in enumerate(indices) if low <= value < high]
+        told[f"pairs {low}"], told[f"found {low}"] = len(members), sum(2 * number + 2 in found for number in members)
+    return told
+
+
+def _pair(source: random.Random) -> tuple[str, str]:
+    """Return a text of 15 to 60 invented words and the same with one to four of them replaced."""
+
+    def word() -> str:
+        return "".join(source.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(source.randint(3, 9)))
+
+    words = [word() for _ in range(source.randint(15, 60))]
+    others = list(words)
+    for _ in range(source.randint(1, 4)):
+        others[source.randrange(len(others))] = word()
+    return " ".join(words), " ".join(others)
+
+
 def _child(work: Callable[[Path, int], dict[str, float]], folder: Path, rows: int, out: Any) -> None:
     measured = work(folder, rows)
     measured["mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -162,16 +212,43 @@ def compare_near() -> tuple[dict[str, float], dict[str, float]]:
         return alone(near_ours, Path(folder), NEAR_ROWS), alone(near_peer, Path(folder), NEAR_ROWS)
 
 
-def main() -> int:
-    """Measure, print and write the results; 1 when memory is not flat."""
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+def told_near() -> list[str]:
+    """Measure near duplicates: speed beside the peer, and recall."""
     ours, peer = compare_near()
     train = NEAR_ROWS * 0.95
-    lines = [
+    return [
         f"info near-duplicates {train / ours['seconds']:,.0f} rows/s, {ours['near']:.0f} found, {ours['mib']:.0f} MiB; "
         f"datasketch alone {train / peer['seconds']:,.0f} rows/s, {peer['near']:.0f} found, {peer['mib']:.0f} MiB",
         f"ratio near-duplicates rows/s over datasketch {peer['seconds'] / ours['seconds']:.2f}",
+        told_recall(),
     ]
+
+
+def told_recall() -> str:
+    """Measure recall and say it, with what was told of pairs below the bound."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = alone(recall, Path(folder), RECALL_PAIRS)
+    names = {0.0: "below 0.75", 0.75: "0.75 to 0.8", 0.8: "0.8 to 0.85", 0.85: "0.85 to 0.9", 0.9: "0.9 to 1"}
+    shares = [
+        f"{name}: {told[f'found {low}']:.0f} of {told[f'pairs {low}']:.0f}"
+        for low, name in names.items()
+        if told[f"pairs {low}"]
+    ]
+    above = [low for low in names if low >= 0.8]
+    share = sum(told[f"found {low}"] for low in above) / sum(told[f"pairs {low}"] for low in above)
+    return (
+        f"info near-duplicate recall at 0.8 and above {100 * share:.2f} %; found by Jaccard index {'; '.join(shares)}"
+    )
+
+
+def main() -> int:
+    """Measure, print and write the results; 1 when memory is not flat."""
+    lines = told_near()
+    if sys.argv[1:] == ["near"]:
+        RESULTS.with_name("datagen-near.txt").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        return 0
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     few, many = measure(rows // 10), measure(rows)
     flat = True
     for name in many:

@@ -52,8 +52,8 @@ def recipes() -> None:
 
 
 def _fields(recipe: datagen_pb2.Recipe) -> list[str]:
-    properties = as_data(recipe.item_schema).get("properties", {})
-    return list(properties)
+    schema = as_data(recipe.item_schema)
+    return schema.get("required") or sorted(schema.get("properties", {}))  # a map on the wire keeps no order
 
 
 def preview(  # noqa: PLR0913, PLR0917 (one argument for each option of the command)

@@ -20,7 +20,7 @@ from loraline.datagen.quality.scripts import mostly_han
 from loraline.datagen.quality.seen import LineIndex, SeenRow
 from loraline.datagen.quality.tally import FirstRows
 
-BANDS, BAND_ROWS = 21, 6
+BANDS, BAND_ROWS = 18, 7
 PERMUTATIONS = BANDS * BAND_ROWS
 KEPT_HASHES = 512
 """Of longer texts the smallest so many hashes are compared (a bottom-k sketch); of others all."""
@@ -80,8 +80,8 @@ def similarity(one: npt.NDArray[np.uint32], other: npt.NDArray[np.uint32]) -> fl
 class NearDuplicatesRule(Rule):
     """Rows that share `similarity` of their n-grams (Jaccard index) with an earlier row.
 
-    21 bands of 6 values (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4) bring a pair at 0.8 together
-    with a probability of 99.8 %, at 0.9 of all but one in ten million; rows that come together are compared by all
+    18 bands of 7 values (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4) bring a pair at 0.8 together
+    with a probability of 98.6 %, at 0.85 of 99.9 %; rows that come together are compared by all
     their n-grams. In a band a row is compared with the first rows that are unlike each other, eight at most. Rows of
     fewer than 16 n-grams are left out: two short greetings are similar by nature. benchmarks/datagen/quality.py
     measures how many pairs are found.
