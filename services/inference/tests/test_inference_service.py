@@ -456,7 +456,7 @@ async def test_http_client_that_goes_away_frees_the_slot(service: Service) -> No
         for stream in (False, True):
             with pytest.raises(httpx.ReadTimeout):
                 async with client.stream(
-                    "POST", f"{service.http}/chat/completions", json={**body, "stream": stream}, timeout=0.15
+                    "POST", f"{service.http}/chat/completions", json={**body, "stream": stream}, timeout=0.5
                 ) as answer:
                     async for _ in answer.aiter_bytes():
                         await asyncio.sleep(0.2)
