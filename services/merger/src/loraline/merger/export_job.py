@@ -40,9 +40,10 @@ def run_export(context: JobContext, request: merger_pb2.ExportModelRequest) -> m
 def _export(
     context: JobContext, spec: ExportSpec, model: ArtifactRef, request: merger_pb2.ExportModelRequest
 ) -> merger_pb2.ExportModelResult:
-    from loraline.merger.exporting import export_folder
-    from loraline.merger.merging import MergeWatch
-    from loraline.merger.report import library_versions, measurement_protos, write_export_report
+    with context.loading():
+        from loraline.merger.exporting import export_folder
+        from loraline.merger.merging import MergeWatch
+        from loraline.merger.report import library_versions, measurement_protos, write_export_report
 
     source = context.fetch(model)
     out = context.workdir / "export"

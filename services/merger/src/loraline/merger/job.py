@@ -42,8 +42,9 @@ def run(context: JobContext, request: merger_pb2.MergeRequest) -> merger_pb2.Mer
 
 
 def _merge(context: JobContext, spec: MergeSpec, settings: Mapping[str, Any]) -> merger_pb2.MergeResult:
-    from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
-    from loraline.merger.report import library_versions, merge_result, write_reports
+    with context.loading():
+        from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
+        from loraline.merger.report import library_versions, merge_result, write_reports
 
     refs = [(context.library.resolve(ref), weight) for ref, weight in spec.adapters]
     inputs = [

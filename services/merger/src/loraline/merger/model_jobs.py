@@ -22,15 +22,19 @@ from loraline.merger.check.findings import Finding, from_error, gravest_first, l
 from loraline.merger.check.folder import check_folder
 from loraline.merger.check.tokens import chat_template
 from loraline.merger.repair import repair_folder
+from loraline.merger.sync import files_to_sync
 from loraline.merger.weights.layout import PICKLE_SUFFIXES, unsafe_path
 
 
 def run_check(context: JobContext, request: merger_pb2.CheckModelRequest) -> merger_pb2.CheckModelResult:
     """Check a model and publish the report."""
-    from loraline.merger.report import library_versions, write_check_report
+    with context.loading():
+        from loraline.merger.engines import rendering, skeleton  # noqa: F401 (slow; used below)
+        from loraline.merger.report import library_versions, write_check_report
 
     folder, ref, label = _locate(context, request.model, "model.path")
     base = _locate(context, request.base_model, "base_model.path")[0] if request.HasField("base_model") else None
+    context.check_stop()
     context.progress(fraction=0.1, message="reading headers")
     findings = check_everything(folder, base)
     for finding in findings:
@@ -53,12 +57,15 @@ def run_check(context: JobContext, request: merger_pb2.CheckModelRequest) -> mer
 
 def run_repair(context: JobContext, request: merger_pb2.RepairModelRequest) -> merger_pb2.RepairModelResult:
     """Repair a copy of a model and publish it as a new version."""
-    from loraline.merger.report import library_versions, write_check_report
+    with context.loading():
+        from loraline.merger.engines import rendering, skeleton  # noqa: F401 (slow; used below)
+        from loraline.merger.report import library_versions, write_check_report
 
     folder, ref, label = _locate(context, request.model, "model.path")
     base, base_ref = None, None
     if request.HasField("base_model"):
         base, base_ref, _ = _locate(context, request.base_model, "base_model.path")
+        files_to_sync(base)  # its files are copied: a link out of the folder would publish what it leads to
     copy = context.workdir / "model"
     shutil.rmtree(copy, ignore_errors=True)
     context.progress(fraction=0.1, message="copying")

@@ -40,7 +40,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """Read a folder's tokenizer. UNIMPLEMENTED for tokenizers that llama.cpp would read otherwise, or not at all."""
     # Not the file: for some model types transformers replaces parts of what tokenizer.json says, and training and
     # serving use what it makes of it.
-    backend = getattr(load_tokenizer(folder), "backend_tokenizer", None)
+    tokenizer = load_tokenizer(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     if (content.get("model") or {}).get("type") == "BPE" and not content["model"].get("byte_fallback"):
         tokens, kinds, merges, scores, split, model = *_byte_level(content, rows), "gpt2"
@@ -49,7 +50,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     else:
         raise _unknown("neither a byte-level BPE in tokenizer.json nor a tokenizer.model")
     files = read_tokenizer(folder)
-    ids = {name: files.token_id(f"{name}_token") for name in ("bos", "eos", "pad")}
+    # Asked of the tokenizer, as a SentencePiece model alone leaves the files without ids.
+    ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     known = {name: number for name, number in ids.items() if number is not None}
     return Vocabulary(
         model,
@@ -107,6 +109,7 @@ def _sentencepiece(
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise unsupported("A GGUF of a SentencePiece tokenizer here", "Install sentencepiece.") from error
+    _require_llama_like(folder / "tokenizer.model")
     processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokens, kinds = _padding(rows)
     scores = [-10000.0] * rows
@@ -127,6 +130,22 @@ def _sentencepiece(
             _place(tokens, kinds, added["id"], added["content"], CONTROL if added.get("special") else USER_DEFINED)
             scores[added["id"]] = -1000.0
     return tokens, kinds, [], scores, "default"
+
+
+def _require_llama_like(path: Path) -> None:
+    """Refuse what llama.cpp's reading of SentencePiece, made for Llama's, would split otherwise without any error."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # of protobuf, whose kinds differ by version
+        raise _unknown(f"{path.name} is no SentencePiece model") from error
+    normal = model.normalizer_spec
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise _unknown("its SentencePiece model is no BPE")
+    if normal.name != "identity" or normal.remove_extra_whitespaces or not normal.add_dummy_prefix:
+        raise _unknown(f"its SentencePiece model changes text before splitting it ({normal.name or 'unnamed rule'})")
 
 
 def _padding(rows: int) -> tuple[list[str], list[int]]:

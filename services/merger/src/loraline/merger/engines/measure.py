@@ -74,6 +74,7 @@ def compute_reference(
     loaded = load_causal_lm(base, dtype)
     prepare(loaded)
     model = attach_adapters(loaded, adapters) if adapters else loaded
+    _require_tokens(model, texts)
     reference = Reference(path, 0, texts)
     with path.open("wb") as file:
         for text in texts:
@@ -88,6 +89,21 @@ def compute_reference(
             reference.own_logprobs.append(with_adapter.gather(1, own_ids(text)[:, None])[:, 0].tolist())
             file.write(with_adapter.numpy().tobytes())
     return reference
+
+
+def _require_tokens(model: Any, texts: Sequence[MeasuredText]) -> None:
+    """Refuse evidence of another vocabulary; on a GPU such an id ends in a device-side assert."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for text in texts:
+        wrong = next((number for number in text.ids if not 0 <= number < rows), None)
+        if wrong is not None:
+            raise failed_precondition(
+                "ADAPTER_OF_ANOTHER_BASE",
+                f"The adapter's evidence ({text.name}) has token id {wrong}, the base has {rows} rows of embeddings. "
+                "Merge into the base it was trained on.",
+                text=text.name,
+                token_id=str(wrong),
+            )
 
 
 def measure_folder(
