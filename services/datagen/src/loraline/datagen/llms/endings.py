@@ -40,8 +40,8 @@ class Endings:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(intake.outcomes.items())) or "no items"
         told = (
             f"{intake.name}: {intake.accepted} of {self._settings.rows} rows came out of {intake.candidates} "
-            f"candidates, the most that max_candidates_ratio allows ({counts}). Give more topics, personas or styles, a "
-            "clearer brief, or a larger max_candidates_ratio."
+            f"candidates, the most that max_candidates_ratio allows ({counts}). Give more topics, personas or styles, "
+            "a clearer brief, or a larger max_candidates_ratio."
         )
         if intake.accepted:
             return self._paused(
