@@ -106,7 +106,7 @@ class TransformersEngine:
         """Free an adapter."""
         if internal_name in self._adapters:
             self._adapters.discard(internal_name)
-            await self._call(self._model.delete_adapter, internal_name)
+            await self._call(self._remove, internal_name)
 
     async def logprobs(self, ids: Sequence[int], adapter: str = BASE) -> list[float]:
         """Return what the model thinks of each id after the first."""
@@ -178,6 +178,13 @@ class TransformersEngine:
         else:
             self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=internal_name)
         self._model.eval()
+
+    def _remove(self, internal_name: str) -> None:
+        if set(self._model.peft_config) == {internal_name}:
+            # PEFT would go on to look for the last adapter after it is deleted, in every answer of the base too.
+            self._model = self._model.unload()
+        else:
+            self._model.delete_adapter(internal_name)
 
     @contextmanager
     def _active(self, adapter: str) -> Iterator[None]:
