@@ -241,7 +241,7 @@ class JobContext:
         """Publish a folder as an artifact and add it to the job's outputs.
 
         When an earlier attempt of this job already published this kind and name, that artifact is returned and nothing
-        is written, so a job that is killed late publishes once. Checkpoints alone are a new version each, and no output.
+        is written, so a job that is killed late publishes once. Checkpoints are a new version each, and no output.
         """
         first_time = (kind, name) not in self._published
         artifact = None
