@@ -136,7 +136,7 @@ def _require_llama_like(path: Path) -> None:
     """Refuse what llama.cpp's reading of SentencePiece, made for Llama's, would split otherwise without any error."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # of protobuf, whose kinds differ by version
