@@ -179,8 +179,8 @@ def test_llama_cpp_splits_text_as_sentencepiece_does(tmp_path, shared_base):
     server = runtime.Server(params)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    # Not yet characters with the byte 0x80, such as 가: llama.cpp answers them otherwise here, for a reason unknown.
-    for text in ("where is the boat? 14", "a 비", "two  blanks", "灯光"):
+    compared = []
+    for text in ("where is the boat? 14", "a 비", "가", "two  blanks", "灯光", "14 비가 와요", "a 😀 keeper", "a 一"):
         ids = [1, *processor.encode(text)]
         assert tokenizer.encode(text) == ids
         request = {"prompt": text, "max_tokens": 2, "temperature": 0, "ignore_eos": True, "n_probs": 5}
@@ -188,8 +188,13 @@ def test_llama_cpp_splits_text_as_sentencepiece_does(tmp_path, shared_base):
         assert said["usage"]["prompt_tokens"] == len(ids), text
         with torch.inference_mode():
             expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], dim=0)
+        likeliest = processor.id_to_piece(int(expected.argmax()))
+        if likeliest.startswith("<0x") and int(likeliest[3:5], 16) >= 0x80:
+            continue  # llama.cpp tells nothing of a next token that is no whole character
         for one in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             assert abs(one["logprob"] - float(expected[one["id"]])) < 0.05, text
+        compared.append(text)
+    assert len(compared) >= 4, compared
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,7 @@ class _DatasetJob:
     def _counter(self, part: str) -> OutcomeCounter:
         return OutcomeCounter(self._context.count, self._context.workdir / f"counted-{part}.json")
 
-    def _spool(
-        self, index: int, rows: Iterator[Row], name: str, spool: RowSpool, others: Counter[str]
-    ) -> Counter[str]:
+    def _spool(self, index: int, rows: Iterator[Row], name: str, spool: RowSpool, others: Counter[str]) -> Counter[str]:
         """Take a source's rows in; return what became of its records, `others` included."""
         before, counter = spool.outcomes.copy(), self._counter(str(index + 1))
         try:
