@@ -12,7 +12,6 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from click.testing import Result
 from typer.testing import CliRunner
 
 from loraline.api.datagen.v1 import datagen_pb2
@@ -102,7 +101,7 @@ async def scraped(address: str, line: str) -> bool:
     return False
 
 
-async def call(address: str, *arguments: str) -> Result:
+async def call(address: str, *arguments: str) -> Any:
     words = ["datasets", *arguments, "--address", address]
     return await asyncio.to_thread(CliRunner().invoke, command.build(), words)
 

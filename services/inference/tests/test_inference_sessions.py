@@ -157,7 +157,7 @@ async def test_a_reset_during_a_turn_wins(served: Served) -> None:
     await served.call("ResetSession", pb.ResetSessionRequest(name=name), anna)
 
     async def rest() -> None:
-        while await running.read() is not grpc.aio.EOF:
+        while await running.read() is not grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
             pass
 
     error = await refused(rest())
