@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DataError
 
 from loraline.core.db.database import Database
 from loraline.core.db.schema import jobs, llm_calls
@@ -233,3 +234,43 @@ async def test_a_disk_without_room_is_named_and_nothing_half_written_is_read(tmp
     await ledger.append(answered(2))  # Somebody made room.
     assert [record.call for record in ledger.replay()] == [0, 2]
     ledger.close()
+
+
+async def test_a_torn_line_that_cannot_be_cut_off_yet_is_cut_off_before_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = FileLedger(path)
+    await ledger.append(answered(0))
+
+    def broken(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", broken)
+        patched.setattr("os.ftruncate", broken)
+        for call in (1, 2):
+            with pytest.raises(LoralineError) as caught:
+                await asyncio.wait_for(ledger.append(answered(call)), 30)
+            assert caught.value.reason == "DISK_FULL"
+    await ledger.append(answered(3))
+    assert [record.call for record in ledger.replay()] == [0, 3]
+    ledger.close()
+
+
+async def test_whoever_waits_hears_of_any_error_and_the_next_record_is_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = desk.ledger()
+
+    def broken(_: Any) -> None:
+        raise DataError("INSERT INTO llm_calls", {}, Exception("out of range"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "_write", broken)
+        waiting = [asyncio.create_task(ledger.append(answered(call))) for call in range(3)]
+        problems = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+    assert [getattr(problem, "reason", problem) for problem in problems] == ["LEDGER_NOT_WRITTEN"] * 3
+    assert "out of range" in str(problems[0]) and ledger.waiting == 0
+    await ledger.append(answered(3))
+    assert [record.call for record in ledger.replay()] == [3]

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import grpc
+
 from loraline.core.errors import LoralineError, data_loss
 from loraline.datagen.digest_set import DigestSet
 
@@ -73,6 +75,19 @@ def record_of(line: bytes, place: str) -> CallRecord:
     return record
 
 
+def _unwritten(error: Exception) -> LoralineError:
+    if isinstance(error, LoralineError):
+        return error
+    cause = getattr(error, "orig", None) or error  # The database's own words: SQLAlchemy's tell the row as well.
+    problem = LoralineError(
+        grpc.StatusCode.INTERNAL, "LEDGER_NOT_WRITTEN",
+        f"The ledger of calls cannot be written: {type(cause).__name__}: {cause}. Mend the cause and start the job "
+        "again; answers that are recorded are not paid for twice.",
+    )  # fmt: skip
+    problem.__cause__ = error
+    return problem
+
+
 class Ledger(ABC):
     """The calls of one source of one job, in their order. One run uses it at a time."""
 
@@ -107,7 +122,10 @@ class Ledger(ABC):
         return len(self._waiting)
 
     async def append(self, record: CallRecord) -> None:
-        """Write a record; when this returns it survives a power cut. Callers go on in the order of the ledger."""
+        """Write a record; when this returns it survives a power cut. Callers go on in the order of the ledger.
+
+        LoralineError when it cannot be written.
+        """
         written = asyncio.get_running_loop().create_future()
         self._waiting.append(((record, line_of(record)), written))
         if self._writer is None or self._writer.done():
@@ -120,8 +138,8 @@ class Ledger(ABC):
             problem: Exception | None = None
             try:
                 await asyncio.to_thread(self._write, [line for line, _ in batch])
-            except LoralineError as error:
-                problem = error
+            except Exception as error:  # Whoever waits must hear of it, whatever it was: else calls go on unrecorded.
+                problem = _unwritten(error)
             for (record, _), written in batch:
                 if problem is None:
                     self._note(record)
@@ -142,7 +160,7 @@ class Ledger(ABC):
 
     @abstractmethod
     def _write(self, lines: Sequence[Line]) -> None:
-        """Write records so that they last, in a thread of its own; LoralineError when that cannot be."""
+        """Write records so that they last, in a thread of its own; an error when that cannot be."""
 
     def close(self) -> None:  # noqa: B027 (most ledgers hold nothing open)
         """Let go of what is open."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,7 @@ class FileLedger(Ledger):
         self._path, self._index, self._since = path, index, since
         self._end = _open_for_append(path)
         self._file: BinaryIO = path.open("ab", buffering=0)
+        self._torn = False
 
     def replay(self) -> Iterator[CallRecord]:
         """Yield what is recorded; answers that the index lost in a power cut are put into it again."""
@@ -68,17 +70,26 @@ class FileLedger(Ledger):
             end += len(line)
         view = memoryview(b"".join(line for _, line in lines))
         try:
+            if self._torn:
+                self._cut()
             while view:
                 view = view[self._file.write(view) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            os.ftruncate(self._file.fileno(), self._end)  # No torn line may stand before the next one.
+            self._torn = True
+            with suppress(OSError):  # Then the next record waits for it.
+                self._cut()
             raise resource_exhausted(
                 "DISK_FULL", f"The ledger of calls cannot be written: {error.strerror or error}. Make room in the "
                 "data folder and start the job again.",
             ) from error  # fmt: skip
         self._end = end
         self._to_index(places)
+
+    def _cut(self) -> None:
+        """Take a torn line off: none may stand before the next one."""
+        os.ftruncate(self._file.fileno(), self._end)
+        self._torn = False
 
     def _to_index(self, lines: Sequence[tuple[CallRecord, int]]) -> None:
         if self._index is not None:
