@@ -11,7 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from loraline.core.errors import LoralineError
+from loraline.merger.adapter import open_adapter
+from loraline.merger.engines import streaming
+from loraline.merger.engines.deltas import LoraRows
 from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
+from loraline.merger.plan import make_plan
+from loraline.merger.weights.header import Form
+from loraline.merger.weights.layout import open_weights
 
 KINDS = {
     "plain": {},
@@ -165,3 +171,17 @@ def test_too_narrow_type_is_refused(tmp_path, make_base, make_adapter):
     with pytest.raises(LoralineError) as error:
         merge_folders(base, [AdapterInput(adapter)], tmp_path / "work" / "model", MergeOptions(dtype="fp16"))
     assert error.value.reason == "MERGE_NOT_FINITE"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_same_bits_as_peft_in_tensors_of_several_blocks(tmp_path, make_base, make_adapter, dtype):
+    base = make_base(
+        "llama", dtype, hidden_size=1024, intermediate_size=1100, num_attention_heads=16, num_key_value_heads=4,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    adapter = make_adapter(base, evidence=False, r=16, target_modules="all-linear")
+    assert streaming.rows_at_a_time((1100, 1024)) < 1100
+    weights = open_weights(base)
+    plan = make_plan(weights, [(open_adapter(adapter), 1.0)], "")
+    streaming.write_merged(weights, LoraRows([adapter], plan), Form(), tmp_path / "w" / "model", fingerprint="x")
+    assert_same_bits(tmp_path / "w" / "model", peft_result(base, adapter))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,10 @@ from loraline.core.evidence.probes import load_probes
 from loraline.core.evidence.receipt import load_receipt
 from loraline.merger import merging
 from loraline.merger.check.folder import check_folder
+from loraline.merger.engines.measure import _require_tokens
 from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
 from loraline.merger.spec import MergeBounds
+from loraline.merger.texts import MeasuredText
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -237,3 +241,46 @@ def test_leftovers_of_an_interrupted_attempt_do_not_pass_for_the_bases(tmp_path,
     assert codes(outcome) == ["CHAT_TEMPLATE_FROM_ADAPTER"]
     assert not (out / "generation_config.json.bak").exists()
     shutil.rmtree(out)
+
+
+def test_probes_of_a_larger_vocabulary_are_refused(tmp_path, make_base, make_adapter):
+    """On a GPU such an id is a device-side assert; here it is a refusal that names probe and id."""
+    base = make_base()
+    adapter = make_adapter(base)
+    (adapter / "token_receipt.json").unlink()  # its rows would be rendered, and measured, as well
+    probes = load_probes(adapter)
+    first = probes.probes[0]
+    probes.probes[0] = dataclasses.replace(first, response_ids=[*first.response_ids[:-1], 320])
+    probes.save(adapter)
+    with pytest.raises(LoralineError) as error:
+        merge_folders(base, [AdapterInput(adapter)], tmp_path / "work" / "model", MergeOptions())
+    assert error.value.reason == "ADAPTER_OF_ANOTHER_BASE"
+    assert error.value.metadata["token_id"] == "320"
+    assert not list((tmp_path / "work").glob("*.f32"))
+
+
+@pytest.mark.parametrize(("number", "fits"), [(0, True), (319, True), (320, False), (-1, False)])
+def test_ids_at_the_edge_of_the_embedding(number, fits):
+    embedding = torch.nn.Embedding(320, 4)
+    model = SimpleNamespace(get_input_embeddings=lambda: embedding)
+    texts = [MeasuredText("a", (1, 2), (1,)), MeasuredText("b", (1, number), (1,))]
+    if fits:
+        _require_tokens(model, texts)
+        return
+    with pytest.raises(LoralineError) as error:
+        _require_tokens(model, texts)
+    assert error.value.metadata["text"] == "b"
+
+
+def test_a_quantisation_left_over_in_the_base_is_repaired_in_the_copy(tmp_path, make_base, make_adapter):
+    base = make_base("llama", torch.bfloat16)
+    adapter = make_adapter(base)
+    left = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = base / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": left}))
+    out = tmp_path / "work" / "model"
+    outcome = merge_folders(base, [AdapterInput(adapter)], out, MergeOptions())
+    assert "QUANTIZATION_LEFT_OVER" in {repair.code for repair in outcome.repairs}
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert [finding.code for finding in check_folder(out) if finding.severity == "error"] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,9 @@ def test_index_and_shards_that_disagree(tmp_path, make_base, make_adapter):
 def test_quantised_base(tmp_path, pair):
     base, adapter = pair
     edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    weights = load_file(base / WEIGHTS)
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.uint8)
+    save_file(weights, base / WEIGHTS, metadata={"format": "pt"})
     assert refused(tmp_path, base, adapter).reason == "QUANTIZED_BASE"
 
 
@@ -193,6 +197,29 @@ def test_full_disk(tmp_path, pair, monkeypatch):
     monkeypatch.setattr(target, "write_at", full)
     assert refused(tmp_path, base, adapter).reason == "DISK_FULL"
     assert not (tmp_path / "work" / "model" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("where", ["room", "thread", "sync"])
+def test_full_disk_wherever_it_shows(tmp_path, make_base, make_adapter, monkeypatch, where):
+    base = make_base("llama", torch.float32, shard="20KB")
+    adapter = make_adapter(base, evidence=False)
+    write, main = target.write_at, threading.main_thread()
+
+    def full(*arguments: Any) -> None:
+        if where == "thread" and threading.current_thread() is main:
+            return write(*arguments)
+        raise OSError(28, "No space left on device")
+
+    owner, name = {"room": (target, "reserve"), "thread": (target, "write_at"), "sync": (target.os, "fsync")}[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        assert refused(tmp_path, base, adapter).reason == "DISK_FULL"
+    out, again = tmp_path / "work" / "model", tmp_path / "again" / "model"
+    merge_folders(base, [AdapterInput(adapter)], out, MergeOptions())  # there is room again
+    merge_folders(base, [AdapterInput(adapter)], again, MergeOptions())
+    for path in again.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    assert not list(out.glob("*.partial"))
 
 
 def test_stopped_merge_goes_on_at_its_shard(tmp_path, make_base, make_adapter):

@@ -235,6 +235,29 @@ def does(process: Path, job: str) -> bool:
     return ours and b"loraline.core.jobs.child" in command and any(job in link for link in links)
 
 
+async def test_links_out_of_a_folder_are_followed_by_no_check_or_repair(tmp_path, make_base):
+    """What they lead to would be published: by a repair as a file, by a check in its report."""
+    async with running(tmp_path) as stage:
+        place = tmp_path / "allowed"
+        broken, base = make_base("llama", name="one"), make_base("llama", name="two")
+        broken, base = broken.rename(place / "broken"), base.rename(place / "base")
+        (broken / "tokenizer.json").unlink()
+        (base / "tokenizer.json").rename(tmp_path / "outside.json")
+        (base / "tokenizer.json").symlink_to(tmp_path / "outside.json")
+        at = {name: merger_pb2.ModelLocation(path=str(path)) for name, path in (("broken", broken), ("base", base))}
+        repair = merger_pb2.RepairModelRequest(name="mended", model=at["broken"], base_model=at["base"])
+        compare = merger_pb2.CheckModelRequest(model=at["broken"], base_model=at["base"])
+        for job in ((await stage.merger.RepairModel(repair)).job, (await stage.merger.CheckModel(compare)).job):
+            error = LoralineError.from_status((await stage.wait(job.name)).error)
+            assert (error.reason, error.metadata["file"]) == ("UNSAFE_PATH", "tokenizer.json")
+        assert stage.platform.library.list(kind=MODEL, name="mended")[0] == []
+        found = merger_pb2.CheckModelResult()
+        check = (await stage.merger.CheckModel(merger_pb2.CheckModelRequest(model=at["base"]))).job
+        assert (await stage.wait(check.name)).result.Unpack(found)
+        assert [finding.code for finding in found.findings] == ["UNSAFE_PATH"]
+        assert not found.loadable
+
+
 async def test_exports_are_published_with_their_evidence(tmp_path, make_base):
     base = make_base("llama", torch.bfloat16)
     (base / "LICENSE").write_text("Do as you like.")

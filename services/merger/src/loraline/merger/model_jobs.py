@@ -34,9 +34,11 @@ def run_check(context: JobContext, request: merger_pb2.CheckModelRequest) -> mer
 
     folder, ref, label = _locate(context, request.model, "model.path")
     base = _locate(context, request.base_model, "base_model.path")[0] if request.HasField("base_model") else None
+    if base is not None:
+        files_to_sync(base)  # the report quotes its config: a link out of the folder would show what it leads to
     context.check_stop()
     context.progress(fraction=0.1, message="reading headers")
-    findings = check_everything(folder, base)
+    findings = check_unlinked(folder, base)
     for finding in findings:
         context.count("findings", code=finding.code, severity=finding.severity)
     context.check_stop()
@@ -106,6 +108,15 @@ def _locate(
         return context.fetch(ref), ref, format_ref(ref)
     folder = model_folder(location.path, context.settings.allowed_paths, field)
     return folder, None, folder.name
+
+
+def check_unlinked(folder: Path, base: Path | None) -> list[Finding]:
+    """Check a stranger's folder; where config or tokenizer are links out of it, that is all that is told."""
+    try:
+        files_to_sync(folder)
+    except LoralineError as error:
+        return [from_error(error, error.metadata.get("file", "config.json"))]
+    return check_everything(folder, base)
 
 
 def check_everything(folder: Path, base: Path | None) -> list[Finding]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loraline.core.errors import LoralineError, failed_precondition, unsupported
 from loraline.merger.adapter import Adapter, Factors
 from loraline.merger.json_files import read_json
-from loraline.merger.weights.header import FLOAT_DTYPES, TensorInfo
+from loraline.merger.weights.header import FLOAT_DTYPES, TensorInfo, plain_weights
 from loraline.merger.weights.layout import WeightFiles
 
 DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -70,13 +70,14 @@ def make_plan(weights: WeightFiles, adapters: Sequence[tuple[Adapter, float]], d
     Raises FAILED_PRECONDITION (QUANTIZED_BASE, ADAPTER_SHAPE_MISMATCH, ADAPTER_OF_ANOTHER_BASE) or UNIMPLEMENTED.
     """
     config = read_json(weights.folder / "config.json", "CONFIG_UNREADABLE")
-    if config.get("quantization_config"):
+    tensors, model_type = weights.by_name(), str(config.get("model_type"))
+    # Left over beside plain weights it is repaired in the merged copy.
+    if config.get("quantization_config") and not plain_weights(tensors.values()):
         raise failed_precondition(
             "QUANTIZED_BASE",
             "The base is quantised (config.json has quantization_config). Merge into the model it was made from.",
             file="config.json",
         )
-    tensors, model_type = weights.by_name(), str(config.get("model_type"))
     dtypes = new_dtypes(tensors, dtype)
     why_peft = _why_peft(config, tensors, adapters)
     kinds = sorted({kind for adapter, _ in adapters for kind in _kinds(adapter)})

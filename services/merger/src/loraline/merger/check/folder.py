@@ -14,7 +14,7 @@ from loraline.merger.check.tokenizer import check_tokenizer
 from loraline.merger.check.tokens import chat_template, read_tokenizer
 from loraline.merger.json_files import load_object
 from loraline.merger.sync import TOKENIZER_FILES
-from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
+from loraline.merger.weights.header import ShardHeader, TensorInfo, plain_weights, read_header
 from loraline.merger.weights.layout import (
     INDEX_FILE,
     PICKLE_SUFFIXES,
@@ -133,8 +133,7 @@ def _json(path: Path, *, needed: bool) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def _leftovers(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Finding]:
-    plain = all(tensor.dtype in {"F32", "F16", "BF16", "F64"} for tensor in tensors.values())
-    if config.get("quantization_config") and plain:
+    if config.get("quantization_config") and plain_weights(tensors.values()):
         message = "quantization_config is left over: all weights are plain floats."
         return [Finding("QUANTIZATION_LEFT_OVER", "error", "config.json", message, "Remove quantization_config.", True)]
     return []

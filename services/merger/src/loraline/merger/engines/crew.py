@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import torch
@@ -84,6 +84,8 @@ class Crew:
                 for block in blocks:
                     block.result()
             except BaseException:
+                # A block that still runs would write into whatever file gets the descriptor's number next.
+                wait(blocks)
                 otherwise()
                 raise
             step()

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.merger.adapter import WEIGHTS_FILE, embedding_rows
-from loraline.merger.weights.header import read_header
+from loraline.merger.json_files import load_object
+from loraline.merger.weights.header import plain_weights, read_header
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, gguf_file: str = "") -> Any:
@@ -27,6 +28,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, gguf_file: str = "
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_without_leftover(folder),
             **({"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}),
         )
     except Exception as error:  # the library raises many kinds; each means that the folder is of no use
@@ -36,6 +38,19 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, gguf_file: str = "
     if invented:
         raise not_loadable(folder, f"transformers found no fitting weights for {invented[0]} ({len(invented)} in all)")
     return model.eval()
+
+
+def _without_leftover(folder: Path) -> dict[str, Any]:
+    """Return a config to load by where the folder's own calls plain weights quantised, else nothing."""
+    config = load_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not config.get("quantization_config") or not files:
+        return {}
+    if not plain_weights(tensor for file in files for tensor in read_header(file).tensors):
+        return {}
+    own = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    delattr(own, "quantization_config")
+    return {"config": own}
 
 
 def not_loadable(folder: Path, reason: str) -> LoralineError:

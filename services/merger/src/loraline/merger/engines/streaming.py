@@ -131,7 +131,9 @@ class _Shard:
                         blocks.append(self.crew.block(step))
                         self.advance(read)
                 for new in placed[len(self.source.tensors) :]:
-                    blocks += [self.crew.block(step) for step in self._fresh(new, target, len(header))]
+                    for step in self._fresh(new, target, len(header)):
+                        blocks.append(self.crew.block(step))
+                        self.advance(0)
                     merged += 1
         except BaseException:
             wait(blocks)
@@ -214,6 +216,8 @@ def _finite(values: torch.Tensor) -> bool:
 def rows_at_a_time(shape: tuple[int, ...]) -> int:
     """Return how many rows of a tensor make a block."""
     rows = BLOCK_ELEMENTS // max(1, math.prod(shape[1:]))
+    if len(shape) > 2:  # experts: each is a matrix of its own, and never cut
+        return max(1, rows)
     return max(_ROWS, rows - rows % _ROWS)
 
 
@@ -270,7 +274,7 @@ def _load_state(path: Path, out: Path, fingerprint: str) -> dict[str, tuple[int,
 
 def disk_error(error: OSError, folder: Path) -> LoralineError | OSError:
     """Turn a full disk into a typed error; other errors of the system stay as they are."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return disk_full(folder, os.strerror(error.errno))
     return error
 

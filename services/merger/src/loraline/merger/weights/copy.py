@@ -9,6 +9,8 @@ from typing import Any
 
 COPY_BLOCK = 32 * 1024 * 1024
 """Bytes per step, so that a wish to stop is seen in time."""
+_READ_BLOCK = 1024 * 1024
+"""Bytes that pass through memory at a time where the kernel cannot copy between the files."""
 
 
 def copy_range(source: int, target: int, source_offset: int, target_offset: int, size: int) -> None:
@@ -19,7 +21,8 @@ def copy_range(source: int, target: int, source_offset: int, target_offset: int,
         try:
             copied = os.copy_file_range(source, target, step, source_offset + done, target_offset + done)
         except OSError:  # another file system, or a kernel without it
-            copied = os.pwrite(target, os.pread(source, step, source_offset + done), target_offset + done)
+            data = os.pread(source, min(step, _READ_BLOCK), source_offset + done)
+            copied = os.pwrite(target, data, target_offset + done)
         if copied == 0:
             raise EOFError(f"the file ended {size - done} bytes early")
         done += copied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,11 @@ class TensorInfo:
     def size(self) -> int:
         """Bytes of the tensor."""
         return self.end - self.start
+
+
+def plain_weights(tensors: Iterable[TensorInfo]) -> bool:
+    """Whether all tensors are plain floats, so that a quantization_config beside them is left over."""
+    return all(tensor.dtype in FLOAT_DTYPES for tensor in tensors)
 
 
 @dataclass(frozen=True)
