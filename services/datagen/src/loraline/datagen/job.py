@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ class _DatasetJob:
         self._outcomes: Counter[str] = Counter()
         self._told: list[Mapping[str, Any]] = []
         self._answers: dict[str, int] = {}
-        self._total = sum(source.template.rows + source.llm.rows for _, source in sources)
+        self._costs: dict[str, float] = {}
 
     def run(self) -> datagen_pb2.DatasetResult:
         """Make and publish the dataset."""
@@ -129,10 +130,25 @@ class _DatasetJob:
 
     def _report(self, name: str, spool: RowSpool, metrics: Mapping[str, float] | None = None) -> None:
         told = {f"rows_{name}": float(spool.outcomes[name]) for name in ("accepted", "duplicate")}
+        # Nobody knows beforehand how many rows files hold, so a step is a row of the sources that say how many they
+        # make; rows of files are in the message, and are the steps where there is nothing else.
+        planned = {other: source for other, source in self._sources if source.WhichOneof("source") != "convert"}
+        wanted = [source.template.rows + source.llm.rows for source in planned.values()]
+        made = spool.statistics.by_source
+        message = f"Making rows of {name}" if name in planned else f"Converting {name}: {made[name]} rows"
         self._context.progress(
-            step=spool.outcomes["accepted"], total_steps=max(self._total, 0), message=f"Making rows of {name}",
-            unit="row", metrics={**told, **(metrics or {})},
+            step=sum(made[other] for other in planned) if planned else spool.outcomes["accepted"],
+            total_steps=sum(wanted) if all(wanted) else 0,  # 0 rows: of each text one, and the texts are not read yet
+            message=message, unit="row", metrics={**told, **(metrics or {})},
         )  # fmt: skip
+
+    def _with_cost(self, name: str, figures: Mapping[str, float]) -> dict[str, float]:
+        """Return a source's figures with the cost of all sources, and the cost expected once the last one is asked."""
+        others = sum(cost for other, cost in self._costs.items() if other != name)
+        told = dict(figures, cost_usd=figures["cost_usd"] + others)
+        expected = told.pop("cost_usd_expected", None)
+        last = [other for other, source in self._sources if source.WhichOneof("source") == "llm"][-1]
+        return told if expected is None or name != last else told | {"cost_usd_expected": expected + others}
 
     def _tell_convert(self, name: str, counts: ConvertCounts, facts: Mapping[str, Any]) -> None:
         self._outcomes.update(counts.outcomes)
@@ -160,8 +176,8 @@ class _DatasetJob:
         context = self._context
 
         def progress(intake: Intake, figures: Mapping[str, float]) -> None:
-            self._answers[name] = intake.answers
-            self._report(name, spool, figures)
+            self._answers[name], self._costs[name] = intake.answers, intake.cost
+            self._report(name, spool, self._with_cost(name, figures))
 
         folder = context.workdir / f"llm-{index + 1}"
         folder.mkdir(exist_ok=True)
@@ -213,7 +229,8 @@ class _DatasetJob:
     def _check(self, folder: Path) -> list[Finding]:
         """Check the rows and write the report beside them; a refused dataset leaves its report in the store."""
         context = self._context
-        context.progress(fraction=0.9, message="Checking rows", unit="row")
+        # How fast rows were made says nothing of how fast they are checked.
+        context.progress(fraction=0.9, eta_seconds=math.inf, message="Checking rows", unit="row")
         settings = settings_of(self._request.gate, context.library)
         check = check_folder(folder, settings, context.workdir, lambda _: context.check_stop())
         refused = self._gate.refused(check.findings)

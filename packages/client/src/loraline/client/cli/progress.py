@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 from rich.console import Group
@@ -50,15 +51,38 @@ def view(output: Output) -> View:
     return TerminalView(output) if output.terminal and not output.quiet else PlainView(output)
 
 
-def figures_text(progress: job_pb2.Progress) -> str:
-    """Return step and figures of a progress in a few words."""
+def figures_text(progress: job_pb2.Progress, *, live: bool = True) -> str:
+    """Return step, expected time and figures of a progress in a few words; no time for work that stands still."""
     said = clean(progress.message)
     parts = [said] if said else []
     steps = f"{progress.step}/{progress.total_steps}"
     if progress.total_steps and progress.unit != "byte" and steps not in said:
         parts.append(f"{progress.unit or 'step'} {steps}")
+    if live and progress.eta.seconds > 0:
+        parts.append(f"{_about(progress.eta.seconds)} left")
     figures = [name for name in FIGURES if name in progress.metrics and f"{name.replace('_', ' ')} " not in said]
-    return "  ".join([*parts, *(f"{name} {progress.metrics[name]:.4g}" for name in figures)])
+    parts += [f"{name} {progress.metrics[name]:.4g}" for name in figures]
+    return "  ".join([*parts, *_rate_and_cost(progress.metrics)])
+
+
+def _about(seconds: int) -> str:
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _rate_and_cost(metrics: Mapping[str, float]) -> list[str]:
+    """Return what rows come to; nothing for what is 0, such as the cost of a model of one's own."""
+    rate, cost, expected = (metrics.get(name, 0.0) for name in ("rows_per_second", "cost_usd", "cost_usd_expected"))
+    said = [f"{rate:.3g} rows/s"] if rate > 0 else []
+    if cost > 0:
+        said.append(f"{_dollars(cost)} of about {_dollars(expected)}" if expected > cost else _dollars(cost))
+    return said
+
+
+def _dollars(amount: float) -> str:
+    return f"${amount:.2f}" if amount >= 0.1 else f"${amount:.4f}"
 
 
 def outcome_text(outcome: StageOutcome) -> str:

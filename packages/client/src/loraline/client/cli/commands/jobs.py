@@ -79,13 +79,17 @@ def list_jobs(
         [
             job.name,
             state_word(job),
-            f"{job.progress.fraction:.0%}" if job.state == job_pb2.JOB_STATE_RUNNING else "",
+            f"{job.progress.fraction:.0%}" if _runs(job) else "",
             age_text(job.create_time),
-            ", ".join(format_ref(ref) for ref in job.outputs) or figures_text(job.progress),
+            ", ".join(format_ref(ref) for ref in job.outputs) or figures_text(job.progress, live=_runs(job)),
         ]
         for job in jobs
     ]
     output.table(["name", "state", "done", "created", "outputs"], rows, empty="No jobs. `loraline run` starts some.")
+
+
+def _runs(job: job_pb2.Job) -> bool:
+    return job.state == job_pb2.JOB_STATE_RUNNING
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -124,7 +128,7 @@ def show(output: Output, job: job_pb2.Job) -> None:
             ("name", job.name),
             ("kind", job.kind),
             ("state", state_word(job)),
-            ("progress", f"{job.progress.fraction:.0%}  {figures_text(job.progress)}".strip()),
+            ("progress", f"{job.progress.fraction:.0%}  {figures_text(job.progress, live=_runs(job))}".strip()),
             ("created", age_text(job.create_time)),
             ("attempt", str(job.attempt)),
             ("inputs", "\n".join(format_ref(ref) for ref in job.inputs)),
