@@ -42,6 +42,12 @@ CODES: dict[str, Code] = {
         "error", "An empty turn teaches the model to say nothing.",
         "Write the turn, or remove the row; `fix` removes them.", "with an empty turn.", fixable=True, structural=True,
     ),
+    "CONTROL_TOKEN": Code(
+        "error", "A chat template puts turns between such tokens: in a text they would end a turn or change its role, "
+        "and the trainer refuses the rows (SPECIAL_TOKEN_IN_TEXT).",
+        "Remove them from the text, or write them otherwise, such as with a space inside. Where the base model reads "
+        "them as text, name it in gate.base_model.", "control tokens of chat templates in the text.", structural=True,
+    ),
     # Answers that are not what their recipe promises.
     "NOT_JSON": Code(
         "error", "The rows promise one JSON object and nothing else; a model that learns otherwise breaks its parser.",

@@ -11,6 +11,7 @@ from typing import Any
 from loraline.datagen.publish.spool import Lengths
 from loraline.datagen.quality.findings import Finding, gravest_first, rows_text
 from loraline.datagen.quality.rules.answers import AnswersRule
+from loraline.datagen.quality.rules.control import ControlRule
 from loraline.datagen.quality.rules.damage import DamageRule
 from loraline.datagen.quality.rules.duplicates import DuplicatesRule
 from loraline.datagen.quality.rules.formats import FormatsRule
@@ -25,7 +26,7 @@ from loraline.datagen.quality.rules.tokens import TokensRule
 from loraline.datagen.quality.rules.variety import VarietyRule
 from loraline.datagen.quality.seen import FILES, TRAIN, VALIDATION, LineIndex, SeenRow, messages_of, read_rows
 from loraline.datagen.quality.settings import CheckSettings
-from loraline.datagen.quality.tokenizer import load_tokenizer
+from loraline.datagen.quality.tokenizer import load_tokenizer, special_tokens
 
 ADVISED_ROWS = 500
 """From the field's practice: below this, runs on personas and commands learnt form and not content."""
@@ -46,8 +47,10 @@ class DatasetCheck:
             NearDuplicatesRule(scratch, settings.similarity), InstructionsRule(), MonotonyRule(), VarietyRule(),
             DamageRule(), LanguageRule(settings), SpacingRule(), FormatsRule(),
         ]  # fmt: skip
-        if settings.tokenizer is not None:
-            self._rules.append(TokensRule(load_tokenizer(settings.tokenizer), settings.max_length))
+        tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer is not None else None
+        self._rules.append(ControlRule(special_tokens(tokenizer) if tokenizer is not None else None))
+        if tokenizer is not None:
+            self._rules.append(TokensRule(tokenizer, settings.max_length))
         self._prompts, self._answers = Lengths(), Lengths()
         self.findings: list[Finding] = []
         """What was found, gravest first; there once finish() was called."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loraline.datagen.quality.fix import mend
 from loraline.datagen.quality.gate import Gate
 from loraline.datagen.quality.rules.answers import AnswersRule
+from loraline.datagen.quality.rules.control import ControlRule
 from loraline.datagen.quality.rules.damage import DamageRule
 from loraline.datagen.quality.rules.language import LanguageRule
 from loraline.datagen.quality.rules.rule import RowRule
@@ -13,7 +14,7 @@ from loraline.datagen.quality.rules.spacing import SpacingRule
 from loraline.datagen.quality.rules.tokens import TokensRule
 from loraline.datagen.quality.seen import SeenRow
 from loraline.datagen.quality.settings import CheckSettings
-from loraline.datagen.quality.tokenizer import load_tokenizer
+from loraline.datagen.quality.tokenizer import load_tokenizer, special_tokens
 from loraline.datagen.rows import Row
 
 
@@ -27,8 +28,10 @@ class RowCheck:
         self._rules: list[RowRule] = [ShapeRule(), AnswersRule(settings), DamageRule(), LanguageRule(settings)]
         if self._gate.refuses("SPACING_ERRORS"):
             self._rules.append(SpacingRule())
-        if settings.tokenizer is not None:
-            self._rules.append(TokensRule(load_tokenizer(settings.tokenizer), settings.max_length))
+        tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer is not None else None
+        self._rules.append(ControlRule(special_tokens(tokenizer) if tokenizer is not None else None))
+        if tokenizer is not None:
+            self._rules.append(TokensRule(tokenizer, settings.max_length))
 
     def mended(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """Return the messages normalised and trimmed, without fences around JSON unless the gate allows them."""
