@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraline.datagen.quality.rules.near import KEPT_HASHES, NearDuplicatesRule, shingles, similarity
+from loraline.datagen.quality.rules.near import KEPT_HASHES, NearDuplicatesRule, banding, shingles, similarity
 from loraline.datagen.quality.seen import TRAIN, LineIndex, SeenRow
 
 LETTERS = {"latin": "abcdefghijklmnopqrstuvwxyz", "hangul": "가나다라마바사아자차카타파하거너더러머버서어저처커터퍼허",
@@ -32,9 +32,11 @@ def jaccard(one: str, other: str) -> float:
     return len(mine & theirs) / len(mine | theirs)
 
 
-def found(folder: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> set[int]:
+def found(
+    folder: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch, similarity: float = 0.8
+) -> set[int]:  # fmt: skip
     """Return the positions of the texts that are told as near duplicates."""
-    index, rule = LineIndex(), NearDuplicatesRule(folder, 0.8)
+    index, rule = LineIndex(), NearDuplicatesRule(folder, similarity)
     monkeypatch.setattr("loraline.datagen.quality.tally.ROWS_SHOWN", 10**6)
     for number, text in enumerate(texts, start=1):
         row = SeenRow(TRAIN, index.number(TRAIN, number), {}, [{"role": "assistant", "content": text}])
@@ -81,3 +83,31 @@ def test_long_texts_are_compared_by_a_sample_of_their_hashes() -> None:
     exact = 9_000 / 11_000
     assert abs(similarity(one[:KEPT_HASHES], other[:KEPT_HASHES]) - exact) < 0.06
     assert similarity(one[:100], one[:100]) == 1.0 and similarity(one[:100], np.sort(pool[11_500:11_600])) == 0.0
+
+
+def test_the_bands_of_a_similarity_bring_its_pairs_together() -> None:
+    assert {banding(value) for value in (0.8, 0.85, 0.9, 1.0)} == {(18, 7)}
+    lengths = [banding(percent / 100)[1] for percent in range(5, 81)]
+    assert lengths == sorted(lengths) and lengths[0] == 1
+    for percent in range(5, 101):
+        bands, rows = banding(percent / 100)
+        assert bands * rows <= 126
+        assert 1 - (1 - (percent / 100) ** rows) ** bands >= 0.97
+
+
+@pytest.mark.parametrize(("bound", "most"), [(0.5, 16), (0.6, 12), (0.7, 8)])
+def test_a_lower_similarity_finds_its_pairs_and_none_below(
+    tmp_path: Path, bound: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, letters, texts = random.Random(f"lower {bound}"), LETTERS["latin"], []
+    for _ in range(600):
+        words = [word(source, letters) for _ in range(source.randint(25, 55))]
+        texts += [" ".join(words), variant(source, words, letters, most)]
+    indices = {at: jaccard(texts[at - 1], texts[at]) for at in range(1, len(texts), 2)}
+    above = {at for at, value in indices.items() if value >= bound}
+    just_above = {at for at in above if indices[at] < min(bound + 0.1, 0.8)}
+    assert len(just_above) > 80 and len(indices) - len(above) > 50
+    told = found(tmp_path, texts, monkeypatch, bound)
+    assert told <= above
+    assert len(told & just_above) >= 0.97 * len(just_above)
+    assert len(told) >= 0.98 * len(above)

@@ -20,8 +20,9 @@ from loraline.datagen.quality.scripts import mostly_han
 from loraline.datagen.quality.seen import LineIndex, SeenRow
 from loraline.datagen.quality.tally import FirstRows
 
-BANDS, BAND_ROWS = 18, 7
-PERMUTATIONS = BANDS * BAND_ROWS
+BAND_ROWS = 7
+PERMUTATIONS = 18 * BAND_ROWS
+USUAL_SIMILARITY, RECALL = 0.8, 0.97
 KEPT_HASHES = 512
 """Of longer texts the smallest so many hashes are compared (a bottom-k sketch); of others all."""
 ANCHORS = 8
@@ -37,6 +38,25 @@ _BAND_FACTORS = np.array([pow(_PRIME, row + 1, 2**64) | 1 for row in range(BAND_
 _HEAD = np.dtype([("digest", "<u8"), ("row", "<u8"), ("signature", "<u4", (PERMUTATIONS,))])
 LOOSE = 0.14
 """Rows whose signatures agree less than the similarity less this (four standard errors at 0.8) are not looked at."""
+
+
+def banding(similarity: float) -> tuple[int, int]:
+    """Return how many bands of how many values bring pairs of a similarity together.
+
+    18 of 7 from 0.8 on; below, the longest bands by which a pair at the similarity meets with a probability of 97 %.
+    """
+    if similarity >= USUAL_SIMILARITY:
+        return PERMUTATIONS // BAND_ROWS, BAND_ROWS
+    for rows in range(BAND_ROWS, 1, -1):
+        bands = PERMUTATIONS // rows
+        if 1 - (1 - similarity**rows) ** bands >= RECALL:
+            return bands, rows
+    return PERMUTATIONS, 1
+
+
+def loose(similarity: float) -> float:
+    """Return LOOSE; below 0.8 four standard errors of a signature at the similarity."""
+    return LOOSE if similarity >= USUAL_SIMILARITY else 4 * (similarity * (1 - similarity) / PERMUTATIONS) ** 0.5
 
 
 def shingles(text: str) -> npt.NDArray[np.uint32]:
@@ -81,14 +101,16 @@ class NearDuplicatesRule(Rule):
     """Rows that share `similarity` of their n-grams (Jaccard index) with an earlier row.
 
     18 bands of 7 values (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4) bring a pair at 0.8 together
-    with a probability of 98.6 %, at 0.85 of 99.9 %; rows that come together are compared by all
-    their n-grams. In a band a row is compared with the first rows that are unlike each other, eight at most. Rows of
-    fewer than 16 n-grams are left out: two short greetings are similar by nature. benchmarks/datagen/quality.py
-    measures how many pairs are found.
+    with a probability of 98.6 %, at 0.85 of 99.9 %; for a lower `similarity` the bands are more and shorter. Rows that
+    come together are compared by all their n-grams. In a band a row is compared with the first rows that are unlike
+    each other, eight at most. Rows of fewer than 16 n-grams are left out: two short greetings are similar by nature.
+    benchmarks/datagen/quality.py measures how many pairs are found.
     """
 
     def __init__(self, folder: Path, similarity: float) -> None:
         self._similarity = similarity
+        self._banding = banding(similarity)
+        self._fewest_agreeing = (similarity - loose(similarity)) * PERMUTATIONS
         self._hash = MinHash(PERMUTATIONS, scheme="affine32", hashfunc=int)
         self._bands = DigestGroups(folder, "band")
         self._sketches = folder / "sketches"
@@ -117,12 +139,13 @@ class NearDuplicatesRule(Rule):
     def _flush(self) -> None:
         """Take in the bands of the rows that wait, with the positions of their sketches."""
         count, end = self._waiting, len(self._ends) - 1
-        bands = self._batch[:count].reshape(count, BANDS, BAND_ROWS)
-        records = np.zeros(count * BANDS, dtype=RECORD)
-        sums = ((bands * _BAND_FACTORS).sum(axis=2) * _MIX).reshape(-1)
+        bands, width = self._banding
+        values = self._batch[:count, : bands * width].reshape(count, bands, width)
+        records = np.zeros(count * bands, dtype=RECORD)
+        sums = ((values * _BAND_FACTORS[:width]).sum(axis=2) * _MIX).reshape(-1)
         records["high"] = (sums >> np.uint64(32)) ^ sums
-        records["low"] = np.tile(np.arange(BANDS, dtype=np.uint64), count)
-        records["row"] = np.repeat(np.arange(end - count, end, dtype=np.uint64), BANDS)
+        records["low"] = np.tile(np.arange(bands, dtype=np.uint64), count)
+        records["row"] = np.repeat(np.arange(end - count, end, dtype=np.uint64), bands)
         self._bands.add_many(records)
         self._waiting = 0
 
@@ -150,7 +173,7 @@ class NearDuplicatesRule(Rule):
                 continue
             other = self._read(file, at)
             agreeing = (signatures[: len(anchors)] == other.signature).sum(axis=1)
-            near = np.flatnonzero(agreeing >= (self._similarity - LOOSE) * PERMUTATIONS)
+            near = np.flatnonzero(agreeing >= self._fewest_agreeing)
             anchor = next((anchors[one] for one in near if self._alike(file, anchors[one], other)), None)
             if anchor is None:
                 if len(anchors) < ANCHORS:
