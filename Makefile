@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 export LORALINE_VENV := $(VENV)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev demo test test-fast check lint types imports proto check-proto check-lock check-docs lock bench endurance clean
+.PHONY: help setup setup-dev demo test test-fast check lint types imports proto check-proto proto-baseline check-lock check-docs lock bench endurance clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what the demo needs into .venv
 	@tools/setup.sh run
@@ -46,12 +46,16 @@ imports: setup-dev ## Who may import whom
 proto: setup-dev ## Generate the stubs of the public contract
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/generate_stubs.sh
 
-check-proto: setup-dev ## Lint the protos and compare the committed stubs with a fresh run
+check-proto: setup-dev ## Lint the protos, refuse breaking changes, compare the committed stubs with a fresh run
 	@$(BIN)/buf lint
+	@$(BIN)/buf breaking --against proto/baseline.binpb || { echo "The contract breaks callers. Add instead of changing; CONTRIBUTING.md tells how to accept a break."; exit 1; }
 	@$(BIN)/buf format -d --exit-code >/dev/null || { echo "run: buf format -w"; exit 1; }
 	@fresh=$$(mktemp -d); PATH="$(PWD)/$(BIN):$$PATH" tools/generate_stubs.sh "$$fresh" >/dev/null 2>&1; \
 	  diff -r -x __pycache__ -x py.typed packages/api/src "$$fresh" >/dev/null || { echo "The stubs are not what proto/ says; run: make proto"; exit 1; }; \
 	  rm -r "$$fresh"; echo "stubs match proto/"
+
+proto-baseline: setup-dev ## Take the contract as it is for what later changes are compared with: at a release, or to accept a break
+	@$(BIN)/buf build --exclude-source-info -o proto/baseline.binpb; echo "proto/baseline.binpb is the contract of today"
 
 check-docs: setup-dev ## Compare generated pages with a fresh run
 	@fresh=$$(mktemp); $(BIN)/python -m loraline.core.diagnostics.page "$$fresh"; \
