@@ -137,6 +137,13 @@ def error(status: int, body: object, *headers: str) -> Script:
         (error(400, {"error": {"message": "response_format"}}), BadRequest),
         (error(422, {"detail": "no"}), BadRequest),
         (error(400, {"error": {"code": "content_filter", "message": "filtered"}}), Filtered),
+        (
+            error(403, {"error": {"code": 403, "message": "It requires moderation; your input was flagged"}}),
+            Filtered,
+        ),
+        (error(400, {"error": {"code": 400, "message": "cannot parse 'the quota exceeded its limit'"}}), BadRequest),
+        (error(400, {"error": {"code": "quota_exceeded", "message": "no more"}}), QuotaReached),
+        (error(400, {"error": {"message": "Your credit balance is too low"}}), QuotaReached),
         (error(401, {"error": {"message": "rate limit of bad keys"}}), LoralineError),
         (error(404, {"error": {"message": "no such model"}}), LoralineError),
     ],

@@ -174,6 +174,20 @@ def test_leakage_names_the_validation_rows(tmp_path: Path) -> None:
     }
 
 
+def test_korean_with_spaces_within_words(tmp_path: Path) -> None:
+    pytest.importorskip("kiwipiepy")
+    good = [
+        "천천히 해 주시면 도와 드릴 수 있을 것 같아요.",
+        "먹어 보고 나서 국립 중앙 도서관 앞에서 세 시 반에 만나기로 했어요.",
+        "그 사람은 아는 것이 많은 데다가 말도 잘해서 인기가 많다.",
+    ]
+    bad = ["오늘 은 날씨 가 참 좋 아서 공원 에 산책 을 나갔 습니다.", "안 녕하 세요 저는 여 러분의 도 우미 입 니다."]
+    rows = [row(f"질문 {number}?", answer) for number, answer in enumerate([*good, *bad])]
+    checked = check(tmp_path, rows, [GOOD])
+    assert found(checked) == {"SPACING_ERRORS": ["train.jsonl:4", "train.jsonl:5"]}
+    assert "spaces within words" in next(finding.message for finding in checked.findings)
+
+
 def test_an_empty_dataset_and_one_without_validation(tmp_path: Path) -> None:
     assert set(found(check(tmp_path / "a", []))) == {"EMPTY_DATASET"}
     assert set(found(check(tmp_path / "b", persona()))) == {"NO_VALIDATION_ROWS"}

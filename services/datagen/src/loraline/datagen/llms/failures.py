@@ -12,12 +12,15 @@ from urllib.request import getproxies, proxy_bypass
 import grpc
 
 from loraline.core.errors import LoralineError, failed_precondition, unavailable
-from loraline.datagen.llms.quota import QuotaNotice, error_of, read_notice
+from loraline.datagen.llms.quota import NOT_ACCEPTED, QuotaNotice, error_of, read_notice
 
 if TYPE_CHECKING:
     from loraline.datagen.llms.endpoint import Endpoint
 
-FILTERED = ("content_filter", "content management policy", "responsibleaipolicyviolation", "content_policy_violation")
+FILTERED = (
+    "content_filter", "content management policy", "responsibleaipolicyviolation", "content_policy_violation",
+    "requires moderation", "was flagged", "flagged_input",
+)  # fmt: skip
 
 
 class QuotaReached(Exception):
@@ -58,14 +61,19 @@ def failure_of(status: int, headers: Mapping[str, str], body: Any, endpoint: End
         whole = body[0] if isinstance(body, list) and body else body
         told = isinstance(whole, Mapping) and whole.get("error")
         return Overloaded(said) if told else no_endpoint(endpoint, "its answer holds no choices")
-    if status in (400, 413, 422):
-        words = f"{said} {error.get('code', '')} {error.get('innererror', '')}".lower()
-        return Filtered(said) if any(word in words for word in FILTERED) else BadRequest(said)
+    filtered = _is_filtered(said, error)
+    if status in NOT_ACCEPTED or (status == 403 and filtered):
+        return Filtered(said) if filtered else BadRequest(said)
     if status in (408, 504):
         return TimedOut()
     if status >= 500:
         return Overloaded(f"HTTP {status}: {said}")
     return _refused(status, said, endpoint)
+
+
+def _is_filtered(said: str, error: Mapping[str, Any]) -> bool:
+    words = f"{said} {error.get('code', '')} {error.get('innererror', '')} {error.get('metadata', '')}".lower()
+    return any(word in words for word in FILTERED)
 
 
 def _refused(status: int, said: str, endpoint: Endpoint) -> LoralineError:

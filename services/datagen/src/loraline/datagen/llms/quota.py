@@ -23,6 +23,7 @@ SPEND = (
 QUOTA = ("quota_exhausted", "resource_exhausted", "quota exceeded", "quota_exceeded")
 OVERLOADED = ("is_overloaded", "is overloaded", "overloaded_error", "engine_overloaded", "saturated", "饱和")
 RATE = ("rate_limit", "rate limit", "too_many_requests", "too many requests", "slow_down")
+NOT_ACCEPTED = (400, 413, 422)
 SAID_LENGTH = 300
 
 
@@ -61,7 +62,11 @@ def read_notice(status: int, headers: Mapping[str, str], body: Any, now: datetim
     error = error_of(body)
     if not error and status < 400:
         return None
-    words = " ".join(str(error.get(name, "")) for name in ("code", "type", "status", "message", "raw")).lower()
+    codes = " ".join(str(error.get(name, "")) for name in ("code", "type", "status")).lower()
+    words = f"{codes} {error.get('message', '')} {error.get('raw', '')}".lower()
+    if status in NOT_ACCEPTED and not any(word in words for word in SPEND):
+        # The message of a request that was not accepted may quote the request: only money is told there.
+        words = codes
     if status < 400:
         status = _inner_status(error)
     quota_id = next((str(found) for found in values_of(error, "quotaId")), "")

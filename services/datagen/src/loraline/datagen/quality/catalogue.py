@@ -147,7 +147,7 @@ CODES: dict[str, Code] = {
         "Mend the rows; often they are the output of a badly tuned model.",
     ),
     "SPACING_ERRORS": Code(
-        "warning", "A model that learns text without spaces writes without spaces.",
+        "warning", "A model that learns text without spaces, or with spaces within words, writes so.",
         "Correct the spaces as proposed, and look at the sentences in between.",
     ),
     "SPACING_NOT_CHECKED": Code(

@@ -16,6 +16,8 @@ ALL_UP_TO = 10_000
 LONGEST_TEXT = 1000
 MISSING_SHARE = 0.25
 MISSING_SPACES = 2
+NEEDLESS_SHARE = 1 / 3
+NEEDLESS_SPACES = 3
 _HANGUL_RUN = regex.compile(r"[가-힣][가-힣 ,.!?\n]*[가-힣]")
 
 
@@ -32,13 +34,26 @@ def _runs(row: SeenRow) -> list[str]:
     return [] if row.spoken.isascii() else _HANGUL_RUN.findall(row.spoken[:LONGEST_TEXT])
 
 
+def _spaces(text: str) -> set[int]:
+    """Return the places of a text's spaces, each as the count of other characters before it."""
+    places: set[int] = set()
+    others = 0
+    for character in text:
+        if character.isspace():
+            places.add(others)
+        else:
+            others += 1
+    return places
+
+
 class SpacingRule(RowRule):
-    """Answers that lack spaces between words.
+    """Answers that lack spaces between words, or have them within words.
 
     An answer is told when the analyser would put in two spaces or more, and a quarter or more of those that it
-    would have: it is not always right about a single one, and Korean leaves some to the writer. Of more than 10,000
-    Korean rows, every second is looked at, of 20,000 more every fourth, and so on: the analyser reads about a
-    thousand rows a second.
+    would have; or when it would leave out three or more, and a third or more of those that are there. It is not
+    always right about a single one, and Korean leaves some to the writer, such as those between nouns. Of more than
+    10,000 Korean rows, every second is looked at, of 20,000 more every fourth, and so on: the analyser reads about
+    five hundred rows a second.
     """
 
     def __init__(self) -> None:
@@ -70,19 +85,22 @@ class SpacingRule(RowRule):
             yield from self._check(runs)
 
     def _check(self, runs: list[str]) -> Iterator[tuple[str, str]]:
-        missing = spaces = 0
-        example = ""
+        missing, needless, wanted, there = 0, 0, 0, 0
+        lacking = torn = ""
         for run in runs:
-            proposed = self._analyser.space(run)
-            more = proposed.count(" ") - run.count(" ")
-            spaces += max(proposed.count(" "), 1)
-            missing += max(more, 0)
-            example = example or (f"{quoted(run, 30)}: {quoted(proposed, 40)}" if more > 0 else "")
-        if missing >= MISSING_SPACES and missing >= MISSING_SHARE * spaces:
-            yield "SPACING_ERRORS", f"answers that lack spaces, such as {example}."
+            proposed, anew = self._analyser.space(run), self._analyser.space(run, reset_whitespace=True)
+            more, less = proposed.count(" ") - run.count(" "), len(_spaces(run) - _spaces(anew))
+            wanted, there = wanted + max(proposed.count(" "), 1), there + max(run.count(" "), 1)
+            missing, needless = missing + max(more, 0), needless + less
+            lacking = lacking or (f"{quoted(run, 30)}: {quoted(proposed, 40)}" if more > 0 else "")
+            torn = torn or (f"{quoted(run, 40)}: {quoted(anew, 30)}" if less else "")
+        if missing >= MISSING_SPACES and missing >= MISSING_SHARE * wanted:
+            yield "SPACING_ERRORS", f"answers that lack spaces, such as {lacking}."
+        elif needless >= NEEDLESS_SPACES and needless >= NEEDLESS_SHARE * there:
+            yield "SPACING_ERRORS", f"answers with spaces within words, such as {torn}."
 
     def findings(self, total: int, index: LineIndex) -> Iterator[Finding]:
-        """Yield the rows that lack spaces, or that nobody could look."""
+        """Yield the rows with wrong spaces, or that nobody could look."""
         if self._missing:
             told = f"{self._korean.count} rows in Korean were not checked for spacing."
             yield Finding("SPACING_NOT_CHECKED", told, self._korean.count, numbers=self._korean.numbers)
