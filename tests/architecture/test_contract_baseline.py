@@ -24,8 +24,9 @@ def contract(tmp_path: Path) -> Path:
 
 
 def breaking(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [BUF, "breaking", "--against", "proto/baseline.binpb"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    """Compare as `make check-proto` does."""
+    command = f"set -o pipefail; '{BUF}' build -o - | '{BUF}' breaking - --against proto/baseline.binpb"
+    return subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
 
 
 def change(folder: Path, old: str, new: str) -> None:
