@@ -30,11 +30,13 @@ def main() -> int:
     """Write what is missing and say where it is."""
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     FOLDER.chmod(0o700)
-    for name in ("postgres_password", "minio_secret_key"):
+    for name in ("postgres_password", "minio_secret_key", "grafana_password"):
         if not (FOLDER / name).exists():
             _write(name, secrets.token_urlsafe(24))
-    if not (FOLDER / "llm_api_key").exists():
-        _write("llm_api_key", os.environ.get("LLM_API_KEY", ""))
+    # Keys of other services; an empty file means that there is none.
+    for name in ("llm_api_key", "hf_token"):
+        if not (FOLDER / name).exists():
+            _write(name, os.environ.get(name.upper(), ""))
     if not (FOLDER / "api_keys.json").exists():
         identity, secret = secrets.token_hex(4), secrets.token_hex(24)
         entry = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,15 @@ from loraline.core.serving.auth import KeyRing
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("datagen", "trainer", "merger", "inference")
+FILES = ("docker-compose.yml", "deploy/compose/gpu.yml")
+VARIABLE = re.compile(r"\$\{([A-Z0-9_]+):-([^}]*)\}")
+CONTAINER_PORTS = {
+    **{stage: {"7600"} for stage in STAGES},
+    "inference": {"7600", "8000"},
+    "prometheus": {"9090"},
+    "alertmanager": {"9093"},
+    "grafana": {"3000"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,39 +32,137 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
+def with_defaults(text: str) -> str:
+    return VARIABLE.sub(lambda match: match[2], str(text))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_what_the_compose_specification_says(file: str) -> None:
+    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", file]
+    checked = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_are_locked_down(compose: dict[str, Any], stage: str) -> None:
     service = compose["services"][stage]
     assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
-    assert "no-new-privileges:true" in service["security_opt"]
     assert {name: c["condition"] for name, c in service["depends_on"].items()} == {
         "postgres": "service_healthy",
         "minio": "service_healthy",
     }
-    assert "mem_limit" in service
+    assert with_defaults(service["cpus"]) == "0", "all CPUs unless .env says less"
 
 
-def test_ports_are_published_on_loopback_only(compose: dict[str, Any]) -> None:
-    published = [port for service in compose["services"].values() for port in service.get("ports", [])]
-    assert published
-    assert [port for port in published if not str(port).startswith("127.0.0.1:")] == []
+def test_every_container_has_limits_and_few_rights(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert re.fullmatch(r"\d+[mg]", with_defaults(service["mem_limit"])), name
+        assert service["pids_limit"] > 0, name
+        assert service["restart"] == "unless-stopped", name
+        assert service["logging"]["options"]["max-size"], f"{name}: its log would fill the disk"
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not service.get("privileged"), name
+        assert service.get("network_mode") is None, name
+
+
+def test_only_needed_ports_are_published_and_on_loopback_only(compose: dict[str, Any]) -> None:
+    published: dict[str, set[str]] = {}
+    hosts: list[str] = []
+    for name, service in compose["services"].items():
+        for port in service.get("ports", []):
+            address, host, container = with_defaults(port).split(":")
+            assert address == "127.0.0.1", f"{name}: {port}"
+            published.setdefault(name, set()).add(container)
+            hosts.append(host)
+    assert published == CONTAINER_PORTS
+    assert len(hosts) == len(set(hosts)), "two containers on one port"
 
 
 def test_no_secret_stands_in_the_environment(compose: dict[str, Any]) -> None:
+    checked = 0
     for name, service in compose["services"].items():
+        given = {f"/run/secrets/{secret}" for secret in service.get("secrets", [])}
         for key, value in service.get("environment", {}).items():
-            if any(word in key for word in ("PASSWORD", "SECRET", "API_KEY", "KEYS")):
-                assert key.endswith("FILE"), f"{name}: {key}"
-                assert str(value).startswith("/run/secrets/"), f"{name}: {key}"
+            if any(word in key for word in ("PASSWORD", "SECRET", "API_KEY", "KEYS", "TOKEN")):
+                assert key.endswith(("_FILE", "_TOKEN_PATH")), f"{name}: {key}"
+                assert str(value) in given, f"{name}: {key} names a secret that the container does not get"
+                checked += 1
+    assert checked > 10
+    for secret in compose["secrets"].values():
+        assert secret["file"].startswith("./deploy/compose/secrets/")
 
 
-def test_everything_has_a_health_check(compose: dict[str, Any]) -> None:
+def test_images_are_pinned_by_a_variable(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        image = with_defaults(service["image"])
+        assert VARIABLE.search(service["image"]), f"{name}: {image}"
+        tag = image.rpartition(":")[2]
+        assert re.search(r"\d+[.-]\d+", tag), f"{name}: {image} is no exact version"
+
+
+def test_what_is_waited_for_has_a_health_check(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         if name in STAGES:
             assert "HEALTHCHECK" in (ROOT / "services" / name / "Dockerfile").read_text()
         else:
-            assert "healthcheck" in service, name
+            assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
+        for awaited, how in service.get("depends_on", {}).items():
+            assert how["condition"] == "service_healthy", f"{name} waits for {awaited}"
+
+
+def test_mounts_are_named_volumes_or_files_of_this_repository(compose: dict[str, Any]) -> None:
+    used: set[str] = set()
+    for name, service in compose["services"].items():
+        for mount in service.get("volumes", []):
+            source, _, rest = mount.partition(":")
+            if source.startswith("."):
+                assert rest.endswith(":ro"), f"{name}: {mount}"
+                assert any((ROOT / source).rglob("*.*")), f"{name}: nothing is in {source}"
+            else:
+                used.add(source)
+    assert used == set(compose["volumes"])
+
+
+def test_prometheus_scrapes_every_stage(compose: dict[str, Any]) -> None:
+    configuration = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    groups = [group for job in configuration["scrape_configs"] for group in job.get("static_configs", [])]
+    targets = {target for group in groups for target in group["targets"]}
+    assert {f"{stage}:9600" for stage in STAGES} <= targets
+    assert {target.partition(":")[0] for target in targets} <= {*compose["services"], "localhost", "127.0.0.1"}
+    alerting = str(configuration["alerting"])
+    assert "alertmanager:9093" in alerting
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_containers_get_longer_to_stop_than_a_checkpoint(compose: dict[str, Any], stage: str) -> None:
+    service = compose["services"][stage]
+    seconds = int(with_defaults(service["environment"]["LORALINE_STOP_GRACE_SECONDS"]))
+    grace = with_defaults(service["stop_grace_period"])
+    # The server allows itself five seconds for jobs and calls, and five for the rest.
+    assert int(grace.removesuffix("s")) >= seconds + 15
+
+
+def test_gpus_come_by_the_second_file_to_trainer_and_inference() -> None:
+    gpu = yaml.safe_load((ROOT / "deploy/compose/gpu.yml").read_text())["services"]
+    assert set(gpu) == {"trainer", "inference"}
+    for name, service in gpu.items():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+        assert device["device_ids"] == [f"${{LORALINE_{name.upper()}_GPU:-0}}"]
+
+
+def test_the_example_of_settings_names_every_variable_with_its_default() -> None:
+    used: dict[str, str] = {}
+    for file in FILES:
+        for name, default in VARIABLE.findall((ROOT / file).read_text()):
+            assert used.setdefault(name, default) == default, f"{name} has two defaults"
+        assert not re.search(r"\$\{[A-Z0-9_]+\}", (ROOT / file).read_text()), f"{file}: a variable without a default"
+    example = (ROOT / ".env.example").read_text()
+    told = dict(re.findall(r"^#?([A-Z0-9_]+)=(.*)$", example, re.MULTILINE))
+    assert {name: told.get(name) for name in used} == used
+    assert set(told) - set(used) == {"COMPOSE_FILE"}, "settings that nothing reads"
+    assert example.count("CHANGEME") >= 4
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -73,15 +182,21 @@ def test_secrets_are_made_once_and_the_key_opens(tmp_path: Path, monkeypatch: py
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "FOLDER", tmp_path / "secrets")
+    monkeypatch.setenv("LLM_API_KEY", "sk-of-the-provider")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     assert module.main() == 0
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "secrets" / "api_key").stat().st_mode & 0o777 == 0o600
     first = {p.name: p.read_text() for p in (tmp_path / "secrets").iterdir()}
+    assert (first["llm_api_key"], first["hf_token"]) == ("sk-of-the-provider", "")
     assert module.main() == 0
     assert {p.name: p.read_text() for p in (tmp_path / "secrets").iterdir()} == first
     declared = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["secrets"]
     wanted = {Path(secret["file"]).name for secret in declared.values()}
     assert wanted <= set(first)
+    passwords = [first[name] for name in ("postgres_password", "minio_secret_key", "grafana_password")]
+    assert len(set(passwords)) == 3
+    assert min(map(len, passwords)) >= 32
     principal = KeyRing(tmp_path / "secrets" / "api_keys.json").verify(first["api_key"].strip())
     assert principal
     assert principal.roles == ("operate",)
