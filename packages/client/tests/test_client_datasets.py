@@ -70,9 +70,12 @@ def test_findings_are_told_with_rows_and_the_report_is_saved(address, tmp_path):
 
 
 def test_every_option_reaches_the_gate_and_a_refused_dataset_fails(address, tmp_path):
+    schema = tmp_path / "order.json"
+    schema.write_text('{"required": ["goods"]}')
     done = call(
         "mareva", "--language", "ko", "--forbid", "emoji", "--forbid", "latin", "--answers", "json",
         "--max-characters", "100", "--base-model", "tiny", "--max-length", "512", "--allow", "FEW_ROWS",
+        "--refuse", "NEAR_DUPLICATES", "--near", "0.7", "--schema", str(schema),
         "--report", str(tmp_path / "seen"), "--address", address,
     )  # fmt: skip
     assert done.exit_code == 1
@@ -81,9 +84,18 @@ def test_every_option_reaches_the_gate_and_a_refused_dataset_fails(address, tmp_
     for part in (
         'language: "ko"', "FORBIDDEN_TEXT_EMOJI", "FORBIDDEN_TEXT_LATIN", "OUTPUT_FORMAT_JSON",
         "max_response_characters: 100", 'name: "tiny"', "max_length: 512", '"FEW_ROWS"',
+        'refuse_codes: "NEAR_DUPLICATES"', "near_duplicate_similarity: 0.7", '"goods"',
     ):  # fmt: skip
         assert part in gate
     assert "mareva" not in gate
+
+
+def test_a_schema_that_cannot_be_read_is_refused_before_anything_is_asked(address, tmp_path):
+    for text in ("[1]", "{"):
+        (tmp_path / "bad.json").write_text(text)
+        done = call("mareva", "--schema", str(tmp_path / "bad.json"), "--address", address)
+        assert done.exit_code == 2
+        assert "bad.json" in done.output
 
 
 def test_without_a_folder_the_report_is_named_and_json_has_the_result(address):

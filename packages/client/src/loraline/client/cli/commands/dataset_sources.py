@@ -104,7 +104,7 @@ def preview(  # noqa: PLR0913, PLR0917 (one argument for each option of the comm
         if not text:
             asked.ClearField("texts")
         if schema is not None:
-            asked.item_schema.update(_json(schema))
+            asked.item_schema.update(read_json(schema))
         if endpoint or model:
             asked.endpoints.add(name=endpoint, model=model)
     output = invocation().output
@@ -134,7 +134,8 @@ def _content(path: Path) -> str:
         raise _refused("UNREADABLE_FILE", f"{path} cannot be read as UTF-8 text: {error}.") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; INVALID_ARGUMENT says what is wrong with it."""
     try:
         value = json.loads(_content(path))
     except ValueError as error:

@@ -54,7 +54,7 @@ def register(app: App) -> None:
     dataset_sources.register(group)
 
 
-def check(
+def check(  # noqa: PLR0913, PLR0917 (one argument for each option of the command)
     dataset: Annotated[str, typer.Argument(metavar="NAME", help="Dataset: mareva, mareva:v3 or mareva@alias.")],
     fix: Annotated[bool, typer.Option("--fix", help="Publish a new version with the safe fixes applied.")] = False,
     language: Annotated[Language | None, typer.Option(help="Language that the answers must be in.")] = None,
@@ -63,7 +63,12 @@ def check(
     max_characters: Annotated[int, typer.Option(min=0, help="Longest answer, in characters.")] = 0,
     base_model: Annotated[str, typer.Option(help="Model in the store whose tokenizer counts.")] = "",
     max_length: Annotated[int, typer.Option(min=0, help="Longest row in tokens; needs --base-model.")] = 0,
+    schema: Annotated[Path | None, typer.Option(help="JSON schema (a file) that every JSON answer must fit.")] = None,
+    near: Annotated[float, typer.Option(min=0, max=1, help="Likeness of near duplicates; 0 for 0.8.")] = 0,
     allow: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Finding that may be there.")] = None,
+    refuse: Annotated[
+        list[str] | None, typer.Option(metavar="CODE", help="Only these findings fail; not set: every error.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="New folder for report.html and report.json.")] = None,
 ) -> None:
     """Check a dataset row by row and say what to do; exit code 1 when it is not fit for training.
@@ -73,6 +78,7 @@ def check(
       loraline datasets check mareva --report mareva-report
       loraline datasets check advice --language ko --forbid emoji --answers json --fix
       loraline datasets check mareva --base-model model/tiny --max-length 512
+      loraline datasets check orders --answers json --schema order.schema.json --refuse SCHEMA_MISMATCH --near 0.7
     """
     request = datagen_pb2.CheckDatasetRequest(dataset=parse_ref(dataset, default_kind="dataset"), fix=fix)
     gate = request.gate
@@ -83,7 +89,11 @@ def check(
     gate.max_response_characters, gate.max_length = max_characters, max_length
     if base_model:
         gate.base_model.CopyFrom(parse_ref(base_model, default_kind="model"))
+    if schema is not None:
+        gate.answer_schema.update(dataset_sources.read_json(schema))
+    gate.near_duplicate_similarity = near
     gate.allow_codes.extend(allow or [])
+    gate.refuse_codes.extend(refuse or [])
     output = invocation().output
     with invocation().client() as client:
         job = follow(client, output, client.datagen.check(request).name)
