@@ -39,10 +39,11 @@ async def until(condition, seconds=5.0):
 
 async def test_health_needs_no_key_and_follows_readiness(server):
     async with server() as running, grpc.aio.insecure_channel(running.addresses.grpc) as channel:
-        assert [await health(channel, name) for name in ("", INFERENCE, JOBS)] == [SERVING] * 3
+        assert [await health(channel, name) for name in ("", INFERENCE, JOBS, "liveness")] == [SERVING] * 4
         running.reason[0] = "The engine is loading."
         await until(lambda: _is(channel, INFERENCE, NOT_SERVING))
         assert await health(channel) == NOT_SERVING
+        assert await health(channel, "liveness") == SERVING  # a restart would not load it any sooner
         assert await health(channel, JOBS) == SERVING  # jobs can be watched while the engine loads
         status, reasons = await asyncio.to_thread(get, running.addresses.metrics, "/healthz")
         assert status == 503 and "The engine is loading." in reasons
@@ -84,6 +85,7 @@ async def test_health_is_not_serving_when_the_database_is_gone(server):
         running.component.extra["platform"].database.engine.dispose()
         await until(lambda: _is(channel, JOBS, NOT_SERVING))
         assert await health(channel) == NOT_SERVING
+        assert await health(channel, "liveness") == SERVING  # nor would it bring the database back
         running.component.extra["platform"].database.engine.dispose()
         for file in database.parent.glob("loraline.db-*"):
             file.unlink()
@@ -154,6 +156,22 @@ async def test_a_taken_port_is_named_with_its_setting(server):
                     pass
             assert taken.value.reason == "PORT_TAKEN"
             assert address in taken.value.message and f"LORALINE_{setting.upper()}" in taken.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, "LORALINE_DATABASE_URL,LORALINE_STORE_URL"),
+        ({"store_url": "s3://bucket"}, "LORALINE_DATABASE_URL"),
+        ({"database_url": "postgresql://loraline@nowhere.invalid/loraline"}, "LORALINE_STORE_URL"),
+    ],
+)
+async def test_what_one_server_keeps_for_itself_is_refused_to_several(server, tmp_path, given, named):
+    with pytest.raises(LoralineError) as refused:
+        async with server(replicas=2, data_dir=tmp_path / "data", **given):
+            pass
+    assert (refused.value.reason, refused.value.metadata["settings"]) == ("REPLICAS_NEED_SHARED_STATE", named)
+    assert not (tmp_path / "data").exists(), "nothing is left behind"
 
 
 async def test_two_servers_never_share_a_port(server, tmp_path):

@@ -66,6 +66,8 @@ class CoreSettings(BaseSettings):
     max_message_bytes: int = 16 * 1024 * 1024
     """Largest gRPC message; gRPC's own default of 4 MiB is too small for plans and reports."""
 
+    replicas: int = Field(default=1, ge=1)
+    """Servers of one stage that the deployment may run at a time; above 1 a SQLite database or a local store is refused."""
     lease_seconds: float = 30.0
     """How long a runner may be silent before another takes its job over."""
     poll_seconds: float = 0.5

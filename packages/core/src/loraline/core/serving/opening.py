@@ -21,7 +21,7 @@ from loraline.core.private_paths import hide_folder
 from loraline.core.serving.component import Component, Platform
 from loraline.core.serving.live import TRAINING_KIND, JobTableMetrics, LiveRuns
 from loraline.core.serving.metrics import ArtifactMetrics, JobMetrics
-from loraline.core.serving.startup import make_data_dir
+from loraline.core.serving.startup import make_data_dir, refuse_private_state
 
 ARTIFACT_SERVICE = "loraline.api.artifact.v1.ArtifactService"
 JOB_SERVICE = "loraline.api.job.v1.JobService"
@@ -30,8 +30,9 @@ JOB_SERVICE = "loraline.api.job.v1.JobService"
 def open_platform(settings: CoreSettings) -> Platform:
     """Create the data folder, bring the database up to date, and open store and queue.
 
-    Raises LoralineError (DATA_DIR_UNUSABLE, DATABASE_…, STORE_…) naming the setting to change.
+    Raises LoralineError (REPLICAS_NEED_SHARED_STATE, DATA_DIR_UNUSABLE, DATABASE_…, STORE_…) naming the setting to change.
     """
+    refuse_private_state(settings)
     make_data_dir(settings.data_dir)
     hide_folder(settings.data_dir, "$LORALINE_DATA_DIR")
     database = Database(settings.database_url)

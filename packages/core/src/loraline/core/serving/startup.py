@@ -83,6 +83,24 @@ def open_keys(settings: CoreSettings) -> tuple[KeyRing | None, str]:
     return ring, key
 
 
+def refuse_private_state(settings: CoreSettings) -> None:
+    """Refuse a database or a store of this machine alone when the deployment runs several servers of a stage.
+
+    Each would have jobs and artifacts of its own, and a client would find them or not by chance.
+    """
+    if settings.replicas == 1:
+        return
+    private = ["LORALINE_DATABASE_URL"] if settings.database_url.startswith("sqlite") else []
+    if not settings.store_url.startswith("s3:"):
+        private.append("LORALINE_STORE_URL")
+    if private:
+        text = (
+            f"LORALINE_REPLICAS is {settings.replicas}, but {' and '.join(private)} name what only one server sees. "
+            "Set LORALINE_DATABASE_URL to a Postgres and LORALINE_STORE_URL to an S3 bucket, or run one server."
+        )
+        raise failed_precondition("REPLICAS_NEED_SHARED_STATE", text, settings=",".join(private))
+
+
 def make_data_dir(folder: Path) -> None:
     """Create the data folder for its owner alone; DATA_DIR_UNUSABLE when that cannot be."""
     try:
