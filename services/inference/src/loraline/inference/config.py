@@ -53,6 +53,8 @@ class InferenceSettings(BaseSettings):
     """GPUs that share the model."""
     enforce_eager: bool | None = None
     """Skip CUDA graphs and compilation; unset means yes on a CPU and no on a GPU."""
+    coalesce_seconds: float = Field(default=0.004, ge=0, le=1)
+    """Tokens of one answer that come faster than this go out as one message, the first at once; 0 for no pause."""
     engine_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs, as JSON; they win over the settings above."""
 
@@ -112,6 +114,7 @@ class InferenceSettings(BaseSettings):
             tensor_parallel_size=self.tensor_parallel_size,
             enforce_eager=self.enforce_eager,
             trust_remote_code=trust_remote_code,
+            coalesce_seconds=self.coalesce_seconds,
             extra=self.engine_arguments,
         )
 

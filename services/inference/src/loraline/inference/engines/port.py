@@ -90,6 +90,8 @@ class EngineOptions:
     enforce_eager: bool | None = None
     """None means: on a CPU yes, on a GPU no."""
     trust_remote_code: bool = False
+    coalesce_seconds: float = 0.0
+    """Tokens of one answer that come within so long of the last ones may be given as one Piece; never the first."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further settings, passed to vLLM's AsyncEngineArgs as they are."""
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loraline.inference.engines.pacing import Pace
 from loraline.inference.engines.port import (
     BASE,
     Constraint,
@@ -52,6 +53,7 @@ class VllmEngine:
         self._adapter_ids = itertools.count(1)
         self._probe_ids = itertools.count(1)
         self._stopped = asyncio.Event()
+        self._coalesce_seconds = 0.0
 
     @property
     def facts(self) -> EngineFacts:
@@ -63,6 +65,7 @@ class VllmEngine:
     async def start(self, model_folder: Path, options: EngineOptions) -> None:
         """Load the model in a process of its own; takes seconds to minutes, none of them on the event loop."""
         self._llm = await asyncio.to_thread(build, model_folder, options)
+        self._coalesce_seconds = options.coalesce_seconds
         config = self._llm.vllm_config
         self._facts = EngineFacts(
             engine="vllm",
@@ -94,9 +97,13 @@ class VllmEngine:
             )
             # Closing vLLM's generator aborts the request in the engine core; that must not wait for the collector.
             try:
+                pace = Pace(self._coalesce_seconds)
                 async for output in stream:
+                    pace.delivered()
                     for piece in _pieces(output, shaped=request.constraint is not None):
                         yield piece
+                    if not output.finished:
+                        await pace.rest()
             finally:
                 await stream.aclose()
         except EngineDeadError as error:
