@@ -67,7 +67,7 @@ class CoreSettings(BaseSettings):
     """Largest gRPC message; gRPC's own default of 4 MiB is too small for plans and reports."""
 
     replicas: int = Field(default=1, ge=1)
-    """Servers of one stage that the deployment may run at a time; above 1 a SQLite database or a local store is refused."""
+    """Servers of one stage that may run at a time; above 1 a SQLite database or a local store is refused."""
     lease_seconds: float = 30.0
     """How long a runner may be silent before another takes its job over."""
     poll_seconds: float = 0.5

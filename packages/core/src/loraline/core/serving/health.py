@@ -17,8 +17,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 HealthServicer: Any = health.aio.HealthServicer  # pyright: ignore[reportAttributeAccessIssue] - the stubs lack it
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LIVENESS = "liveness"
-"""Name that is SERVING while the process answers at all: for whoever restarts it. A model that loads or a database that is
-away makes a server unready, and restarting it would only end its jobs."""
+"""Name that is SERVING while the process answers at all: for whoever restarts it. A model that loads or a database that
+is away makes a server unready, and restarting it would only end its jobs."""
 _ANSWER_SECONDS = 5.0
 log = structlog.get_logger("loraline.health")
 

@@ -30,7 +30,8 @@ JOB_SERVICE = "loraline.api.job.v1.JobService"
 def open_platform(settings: CoreSettings) -> Platform:
     """Create the data folder, bring the database up to date, and open store and queue.
 
-    Raises LoralineError (REPLICAS_NEED_SHARED_STATE, DATA_DIR_UNUSABLE, DATABASE_…, STORE_…) naming the setting to change.
+    Raises LoralineError (REPLICAS_NEED_SHARED_STATE, DATA_DIR_UNUSABLE, DATABASE_…, STORE_…) naming the setting to
+    change.
     """
     refuse_private_state(settings)
     make_data_dir(settings.data_dir)
