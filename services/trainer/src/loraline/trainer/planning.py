@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
-from loraline.core.errors import LoralineError
+from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
+from loraline.trainer import hub_base
 from loraline.trainer.base_models import check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
+from loraline.trainer.doubts import doubts
 from loraline.trainer.hardware import look
 from loraline.trainer.init_adapter import with_start
 from loraline.trainer.memory_estimate import estimate
@@ -43,12 +47,13 @@ def plan(
     checks.append(_from_error("RUN_NAME", refusal) if refusal else _passed("RUN_NAME", f"{request.name} is free."))
     datasets = _attempt(checks, "DATASETS", "", lambda: _load(request, platform))
     if datasets is not None and spec is not None:
-        checks.append(_count(datasets, request, spec, answer))
-    folder = _attempt(checks, "BASE_MODEL", "", lambda: _base_folder(request, platform, settings))
-    vocab = _measure(folder, answer, checks) if folder is not None else 0
+        rows = _count(datasets, request, spec, answer, checks)
+        checks.extend(doubts(spec, rows, answer.total_steps))
+    config = _attempt(checks, "BASE_MODEL", "", lambda: _base(request, platform, settings, answer, checks)) or {}
     if spec is not None:
-        checks.append(_hardware(folder, spec, answer))
-    problems = servability_problems(request, vocab_size=vocab)
+        checks.append(_hardware(config, spec, answer))
+    vocabulary = config.get("vocab_size")
+    problems = servability_problems(request, vocab_size=vocabulary if isinstance(vocabulary, int) else 0)
     if problems:
         remedy = "Change the run, or the server's settings."
         checks.append(_failed("SERVING_CONTRACT", "; ".join(problems), remedy))
@@ -81,8 +86,13 @@ def _load(request: pb.TrainRequest, platform: Platform) -> list[LoadedDataset]:
 
 
 def _count(
-    datasets: list[LoadedDataset], request: pb.TrainRequest, spec: TrainingSpec, answer: pb.PlanRunResponse
-) -> pb.PlanCheck:
+    datasets: list[LoadedDataset],
+    request: pb.TrainRequest,
+    spec: TrainingSpec,
+    answer: pb.PlanRunResponse,
+    checks: list[pb.PlanCheck],
+) -> int:
+    """Report on the data, fill in the steps, and return the rows of an epoch."""
     mixture = mix(datasets, validation_fraction=request.validation_fraction, seed=spec.seed)
     rows = len(mixture.train)
     an_epoch = max(1, math.ceil(math.ceil(rows / spec.batch_size) / spec.grad_accum))
@@ -91,44 +101,66 @@ def _count(
         f"{mixture.unique_rows} rows, {rows} an epoch with weights, {len(mixture.validation)} for validation, "
         f"{answer.total_steps} steps."
     )
+    if len(datasets) > 1:
+        parts = [
+            f"{dataset.ref.name} {len(loaded.train)} rows × {loaded.weight:g}"
+            for dataset, loaded in zip(request.datasets, datasets, strict=True)
+        ]
+        message += f" {'; '.join(parts)}."
     check = _passed("DATASETS", message)
     if mixture.unique_rows < _FEW_ROWS:
         check.passed, check.severity = False, job_pb2.SEVERITY_WARNING
         check.remedy = "So few rows are learned by heart rather than generalised; add rows."
-    return check
+    checks.append(check)
+    return rows
 
 
-def _base_folder(request: pb.TrainRequest, platform: Platform, settings: TrainerSettings) -> Path | None:
-    """Return the base's folder where it can be had without the Hub."""
+def _base(
+    request: pb.TrainRequest,
+    platform: Platform,
+    settings: TrainerSettings,
+    answer: pb.PlanRunResponse,
+    checks: list[pb.PlanCheck],
+) -> Mapping[str, Any]:
+    """Look at the base without loading it, fill in its weights' bytes, and return its config.json."""
     base = request.base_model
-    source = base.WhichOneof("source")
-    if source == "artifact":
+    if base.HasField("hub_id"):
+        seen = hub_base.see(base, timeout=settings.hub_timeout_seconds)
+        answer.memory_bytes["weights_on_disk"] = seen.weights_bytes
+        checks.append(_passed("BASE_MODEL", f"{_shape(seen.config, seen.weights_bytes)} {seen.message}."))
+        return seen.config
+    if base.HasField("artifact"):
         folder = platform.library.fetch(platform.library.resolve(base.artifact))
-    elif source == "path":
+    else:
         allowed = [*platform.settings.allowed_paths, *settings.models_dirs]
         folder = model_folder(base.path, allowed, "base_model.path")
-    else:
-        return None
     check_folder(folder, base.path or base.artifact.name)
-    return folder
-
-
-def _measure(folder: Path, answer: pb.PlanRunResponse, checks: list[pb.PlanCheck]) -> int:
-    """Fill in the weights' bytes and return the vocabulary's rows."""
     size = sum((folder / name).stat().st_size for name in weight_files(folder, folder.name))
     answer.memory_bytes["weights_on_disk"] = size
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    checks.append(_passed("BASE_MODEL", f"{config.get('model_type', 'model')}, {size / 1e6:.1f} MB of weights."))
-    return int(config.get("vocab_size") or 0)
+    config = _config(folder)
+    checks.append(_passed("BASE_MODEL", _shape(config, size)))
+    return config
 
 
-def _hardware(folder: Path | None, spec: TrainingSpec, answer: pb.PlanRunResponse) -> pb.PlanCheck:
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        message = f"{folder.name}: config.json cannot be read ({error}). Fetch it again."
+        raise failed_precondition("MODEL_INCOMPLETE", message) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _shape(config: Mapping[str, Any], weights_bytes: int) -> str:
+    return f"{config.get('model_type', 'model')}, {weights_bytes / 1e6:.1f} MB of weights."
+
+
+def _hardware(config: Mapping[str, Any], spec: TrainingSpec, answer: pb.PlanRunResponse) -> pb.PlanCheck:
     """Compare what the run needs with what the machine has, and fill in the estimate."""
     machine = look()
     place, room = (f"GPU {machine.gpu}", machine.gpu_memory) if machine.gpu else ("the CPU's memory", machine.memory)
     parts: dict[str, int] = {}
-    if folder is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config:
         on_cpu = replace(spec, dtype=spec.dtype or ("" if machine.gpu else "fp32"))
         parts = estimate(config, answer.memory_bytes["weights_on_disk"], on_cpu)
         answer.memory_bytes.update(parts)

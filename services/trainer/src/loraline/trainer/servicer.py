@@ -15,6 +15,7 @@ from loraline.core.errors import invalid_argument, not_found
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
+from loraline.trainer import hub_base
 from loraline.trainer.base_models import check_folder
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import RUN_LABEL
@@ -140,7 +141,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return request
 
     async def _with_exact_base(self, model: pb.BaseModel) -> pb.BaseModel:
-        """Resolve an artifact; check a path now, so that a typing error does not wait in the queue."""
+        """Resolve an artifact; check paths and Hub ids now, so that a typing error does not wait in the queue."""
         exact = pb.BaseModel()
         exact.CopyFrom(model)
         if model.HasField("artifact"):
@@ -151,6 +152,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             allowed = [*self._platform.settings.allowed_paths, *self._settings.models_dirs]
             folder = await asyncio.to_thread(model_folder, model.path, allowed, "base_model.path")
             await asyncio.to_thread(check_folder, folder, model.path)
+        elif model.HasField("hub_id"):
+            await asyncio.to_thread(hub_base.check, model, timeout=self._settings.hub_timeout_seconds)
         return exact
 
     async def _exact(self, reference: artifact_pb2.ArtifactRef) -> artifact_pb2.ArtifactRef:
