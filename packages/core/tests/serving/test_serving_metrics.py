@@ -1,13 +1,16 @@
 """Series of jobs and live trainings: right figures, bounded labels, and gone when the run is over."""
 
+import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from prometheus_client import generate_latest
 
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.core.config import CoreSettings
+from loraline.core.db.schema import jobs as jobs_table
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.model import JobEnd
 from loraline.core.serving.component import Component
@@ -48,6 +51,18 @@ async def test_jobs_are_counted_by_kind_and_state_without_their_names(platform):
         assert job.name not in text
 
 
+async def test_a_job_that_stays_paused_shows_for_how_long(platform):
+    make_runners(platform, [Component("trainer", {}, job_handlers=(TRAIN,))])
+    assert 'loraline_job_pause_age_seconds{kind="trainer.train"} 0.0' in text_of(platform)
+    job = await platform.jobs.submit(TRAIN, request("waits"))
+    await platform.jobs.pause(job.name)
+    with platform.database.begin() as connection:
+        connection.execute(sa.update(jobs_table).values(update_time=time.time() - 7200))
+    line = next(line for line in text_of(platform).splitlines() if line.startswith("loraline_job_pause_age_seconds{"))
+    assert 7200 <= float(line.split()[-1]) < 7300
+    assert 'loraline_job_queue_age_seconds{kind="trainer.train"} 0.0' in text_of(platform)
+
+
 async def test_kinds_of_other_servers_are_left_to_them(platform):
     make_runners(platform, [Component("merger", {}, job_handlers=(JobHandler("merger.merge", job_pb2.Job, "x:y"),))])
     await platform.jobs.submit(TRAIN, request("run"))
@@ -62,19 +77,22 @@ async def test_figures_of_a_training_live_as_long_as_the_run(platform):
     await platform.jobs.submit(TRAIN, request("mareva"))
     assert "loraline_training_loss" not in text_of(platform)
     claim = platform.jobs.table.claim(["trainer.train"], "me", 30)
-    progress = job_pb2.Progress(fraction=0.25, step=50, total_steps=200, metrics={"loss": 1.5, "Token Accuracy": 0.8})
+    metrics = {"loss": 1.5, "token_accuracy": 0.8, "novel": 1.0}
+    progress = job_pb2.Progress(fraction=0.25, step=50, total_steps=200, metrics=metrics)
     progress.eta.FromSeconds(90)
     platform.jobs.table.progress(claim.name, claim.epoch, progress)
     text = text_of(platform)
     labels = '{base_model="Qwen/Qwen2.5-0.5B",run="mareva"}'
     for name, value in (
         ("loss", 1.5),
-        ("token_accuracy", 0.8),
+        ("token_accuracy_ratio", 0.8),
         ("progress_ratio", 0.25),
         ("eta_seconds", 90.0),
         ("steps", 50.0),
+        ("steps_planned", 200.0),
     ):
         assert f"loraline_training_{name}{labels} {value}" in text
+    assert "novel" not in text, "figures that nobody declared would be series that no page explains"
     platform.jobs.table.finish(claim.name, claim.epoch, JobEnd(job_pb2.JOB_STATE_SUCCEEDED))
     text = text_of(platform)
     assert "loraline_training_" not in text

@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+_ANSWER_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -37,6 +38,19 @@ class InferenceMetrics:
             "loraline_inference_adapter_loads_total",
             "Loads of adapters: loaded, or the reason of the refusal.",
             ["result"],
+            registry=registry,
+        )
+        self.adapter_requests = Counter(
+            "loraline_inference_adapter_requests_total",
+            "Requests that an adapter took, by adapter and outcome (ok, cancelled or the error's reason).",
+            ["adapter", "outcome"],
+            registry=registry,
+        )
+        self.adapter_seconds = Histogram(
+            "loraline_inference_adapter_request_seconds",
+            "Seconds that an adapter worked on a request, by adapter.",
+            ["adapter"],
+            buckets=_ANSWER_BUCKETS,
             registry=registry,
         )
         self.adapters = Gauge("loraline_inference_adapters", "Adapters in the engine now.", registry=registry)
@@ -87,6 +101,21 @@ class InferenceMetrics:
             registry=registry,
         )
         registry.register(_VllmMetrics())
+
+    def adapter_answered(self, adapter: str, outcome: str, seconds: float) -> None:
+        """Count a request of an adapter. Its series stay until forget_adapter: no more adapters than are registered."""
+        self.adapter_requests.labels(adapter=adapter, outcome=outcome).inc()
+        self.adapter_seconds.labels(adapter=adapter).observe(seconds)
+
+    def forget_adapter(self, adapter: str) -> None:
+        """Remove the series of an adapter that can no longer be asked."""
+        self.adapter_requests.remove_by_labels({"adapter": adapter})
+        self.adapter_seconds.remove_by_labels({"adapter": adapter})
+
+    def forget_adapters(self) -> None:
+        """Remove the series of all adapters: another base model is served."""
+        self.adapter_requests.clear()
+        self.adapter_seconds.clear()
 
 
 class _VllmMetrics(Collector):

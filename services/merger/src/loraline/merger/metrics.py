@@ -58,8 +58,8 @@ class MergerMetrics(Collector):
         self._database = database
 
     def describe(self) -> list[Metric]:
-        """Return nothing, so that registering asks no database."""
-        return []
+        """Return the families without series: registering asks no database."""
+        return [*(_gauge(name) for name in _MERGE_TEXTS), _repairs(), _check_findings()]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges; none before the first result, or while the database does not answer."""
@@ -86,44 +86,61 @@ def _unpack(content: bytes, message: Any) -> Any:
     return message
 
 
+_MERGE_TEXTS = {
+    "seconds": "Duration of the newest merge with its measurements.",
+    "write_seconds": "Time that writing the weights took in the newest merge.",
+    "measure_seconds": "Time that the newest merge's measurements took.",
+    "peak_memory_bytes": "Greatest anonymous memory of the newest merge's process while it wrote.",
+    "bytes_per_second": "Bytes of weights a second that the newest merge wrote.",
+    "written_bytes": "Bytes of weights that the newest merge wrote.",
+    "merged_tensors": "Tensors that the newest merge changed.",
+    "mean_kl_nats": "Mean KL divergence of the newest merged model from base+adapter.",
+    "max_abs_logprob_diff_nats": "Greatest difference of a log-probability in the newest merge.",
+}
+"""What follows `loraline_merge_last_` -> its text."""
+
+
 def _merge_figures(row: Any) -> Iterator[Metric]:
     result = _unpack(row.result, merger_pb2.MergeResult())
-    seconds = max(0.0, (row.end_time or 0.0) - (row.start_time or 0.0))
-    yield _gauge("seconds", "Duration of the newest merge with its measurements.", seconds)
-    yield _gauge("write_seconds", "Time that writing the weights took in the newest merge.", result.merge_seconds)
-    yield _gauge("measure_seconds", "Time that the newest merge's measurements took.", result.measure_seconds)
-    peak = "Greatest anonymous memory of the newest merge's process while it wrote."
-    yield _gauge("peak_memory_bytes", peak, result.merge_peak_bytes)
+    figures = {
+        "seconds": max(0.0, (row.end_time or 0.0) - (row.start_time or 0.0)),
+        "write_seconds": result.merge_seconds,
+        "measure_seconds": result.measure_seconds,
+        "peak_memory_bytes": result.merge_peak_bytes,
+        "written_bytes": result.bytes_written,
+        "merged_tensors": result.merged_tensors,
+    }
     if result.merge_seconds > 0:
-        speed = result.bytes_written / result.merge_seconds
-        yield _gauge("bytes_per_second", "Bytes of weights a second that the newest merge wrote.", speed)
-    yield _gauge("written_bytes", "Bytes of weights that the newest merge wrote.", result.bytes_written)
-    yield _gauge("merged_tensors", "Tensors that the newest merge changed.", result.merged_tensors)
+        figures["bytes_per_second"] = result.bytes_written / result.merge_seconds
     if result.measurements:
         last = result.measurements[-1]
-        yield _gauge("mean_kl_nats", "Mean KL divergence of the newest merged model from base+adapter.", last.mean_kl)
-        yield _gauge(
-            "max_abs_logprob_diff_nats",
-            "Greatest difference of a log-probability in the newest merge.",
-            last.max_abs_logprob_diff,
-        )
-    repairs = GaugeMetricFamily(
-        "loraline_merge_last_repairs", "Repairs in the newest merged model by code.", labels=["code"]
-    )
+        figures |= {"mean_kl_nats": last.mean_kl, "max_abs_logprob_diff_nats": last.max_abs_logprob_diff}
+    for name, value in figures.items():
+        yield _gauge(name, value)
+    repairs = _repairs()
     for code, count in sorted(collections.Counter(repair.code for repair in result.repairs).items()):
         repairs.add_metric([code], count)
     yield repairs
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"loraline_merge_last_{name}", text, value=value)
+def _gauge(name: str, value: float | None = None) -> Metric:
+    return GaugeMetricFamily(f"loraline_merge_last_{name}", _MERGE_TEXTS[name], value=value)
+
+
+def _repairs() -> GaugeMetricFamily:
+    return GaugeMetricFamily(
+        "loraline_merge_last_repairs", "Repairs in the newest merged model by code.", labels=["code"]
+    )
+
+
+def _check_findings() -> GaugeMetricFamily:
+    text = "Findings of the newest check."
+    return GaugeMetricFamily("loraline_model_check_last_findings", text, labels=["code", "severity"])
 
 
 def _findings(row: Any) -> Metric:
     result = _unpack(row.result, merger_pb2.CheckModelResult())
-    family = GaugeMetricFamily(
-        "loraline_model_check_last_findings", "Findings of the newest check.", labels=["code", "severity"]
-    )
+    family = _check_findings()
     counts = collections.Counter(
         (finding.code, _SEVERITIES.get(finding.severity, "info")) for finding in result.findings
     )

@@ -1,29 +1,20 @@
-"""The trainer's own metrics. Gauges are there for live runs only; their label is the run's name."""
+"""Counters that training jobs feed. Figures of live runs, by run: `loraline_training_*` of core/serving/live.py."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter
 
-RUN = ("run",)
-PROGRESS_GAUGES = {
-    "loss": "Training loss of a live run in nats per token.",
-    "eval_loss": "Newest evaluation loss of a live run in nats per token.",
-    "token_accuracy": "Share of response tokens that a live run predicts right, 0 to 1.",
-    "learning_rate": "Learning rate of a live run.",
-    "grad_norm": "Norm of a live run's gradient before clipping.",
-    "tokens_per_second": "Tokens a second of a live run, padding not counted.",
-    "step_seconds": "Time of a live run's newest optimizer step.",
-    "epoch": "Passes over the data that a live run has made.",
-    "gpu_memory_bytes": "Most GPU memory that a live run has held.",
-}
-"""Gauges that follow a run's progress, by the names of its figures."""
+from loraline.api.trainer.v1 import trainer_pb2 as pb
 
 
-def job_metrics(registry: CollectorRegistry) -> dict[str, Counter | Gauge]:
-    """Return the metrics that jobs feed, by the names that they feed them under."""
+def job_metrics(registry: CollectorRegistry) -> dict[str, Counter]:
+    """Return the metrics that jobs feed, by the names that they feed them under.
+
+    No label names a run: a counter stays for as long as the server, and runs have no end of names.
+    """
     counters = {
-        "steps": ("Optimizer steps made.", RUN),
-        "oom_recoveries": ("Times that a run went on with less memory after it had run out.", RUN),
+        "steps": ("Optimizer steps made.", ()),
+        "oom_recoveries": ("Times that a run went on with less memory after it had run out.", ()),
         "checkpoints": (
             "Checkpoints by result: saved, torn (found damaged), published (sent to the store), unpublished.",
             ("result",),
@@ -32,16 +23,20 @@ def job_metrics(registry: CollectorRegistry) -> dict[str, Counter | Gauge]:
         "checkpoint_bytes": ("Bytes of checkpoints sealed.", ()),
         "runs": ("Runs that ended their training, by what the loss curve says of them.", ("verdict",)),
     }
-    gauges = {
-        **PROGRESS_GAUGES,
-        "step": "Optimizer steps that a live run has made.",
-        "steps_planned": "Optimizer steps that a live run will have made at its end.",
-        "eta_seconds": "Time that a live run still needs.",
-    }
-    metrics: dict[str, Counter | Gauge] = {
+    metrics = {
         f"trainer_{name}": Counter(f"loraline_trainer_{name}", text, labels, registry=registry)
         for name, (text, labels) in counters.items()
     }
-    for name, text in gauges.items():
-        metrics[f"trainer_{name}"] = Gauge(f"loraline_trainer_{name}", text, RUN, registry=registry)
+    for verdict in VERDICTS:
+        metrics["trainer_runs"].labels(verdict=verdict)
+    for result in ("saved", "torn", "published", "unpublished"):
+        metrics["trainer_checkpoints"].labels(result=result)
     return metrics
+
+
+def verdict_name(verdict: pb.Verdict.ValueType) -> str:
+    """Return the label of a verdict, such as `diverged`."""
+    return pb.Verdict.Name(verdict).removeprefix("VERDICT_").lower()
+
+
+VERDICTS = tuple(verdict_name(value) for value in pb.Verdict.values() if value)

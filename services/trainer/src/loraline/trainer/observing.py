@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loraline.core.jobs.context import JobContext
-from loraline.trainer.metrics import PROGRESS_GAUGES
 from loraline.trainer.published import CheckpointPublisher
 
 
@@ -27,12 +26,8 @@ class ContextObserver:
         self.context.progress(
             step=step, total_steps=total, eta_seconds=eta_seconds, message=message, unit="step", metrics=metrics
         )
-        self.count("steps", max(0, step - self._counted) if self._counted else 1, run=self.run)
+        self.count("steps", max(0, step - self._counted) if self._counted else 1)
         self._counted = step
-        figures = {"step": step, "steps_planned": total, "eta_seconds": eta_seconds}
-        figures |= {name: value for name, value in metrics.items() if name in PROGRESS_GAUGES}
-        for name, value in figures.items():
-            self.context.gauge(f"trainer_{name}", value, run=self.run)
 
     def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Add to one of the trainer's counters."""

@@ -64,20 +64,27 @@ class GrpcMetrics(Collector):
         return stats
 
     def describe(self) -> list[Metric]:
-        """Return nothing: names are not checked for clashes at registration."""
-        return []
+        """Return the families without series."""
+        return [*self._counters(), self._seconds()]
+
+    def _counters(self) -> list[CounterMetricFamily]:
+        return [
+            CounterMetricFamily("grpc_server_started_total", "RPCs started on the server.", labels=_LABELS),
+            CounterMetricFamily("grpc_server_msg_received_total", "Messages received.", labels=_LABELS),
+            CounterMetricFamily("grpc_server_msg_sent_total", "Messages sent.", labels=_LABELS),
+            CounterMetricFamily(
+                "grpc_server_handled_total", "RPCs completed, by status code.", labels=(*_LABELS, "grpc_code")
+            ),
+        ]
+
+    def _seconds(self) -> HistogramMetricFamily:
+        text = "Time from a call's arrival to its end."
+        return HistogramMetricFamily("grpc_server_handling_seconds", text, labels=_LABELS)
 
     def collect(self) -> Iterator[Metric]:
         """Yield all series as they stand."""
-        started = CounterMetricFamily("grpc_server_started_total", "RPCs started on the server.", labels=_LABELS)
-        received = CounterMetricFamily("grpc_server_msg_received_total", "Messages received.", labels=_LABELS)
-        sent = CounterMetricFamily("grpc_server_msg_sent_total", "Messages sent.", labels=_LABELS)
-        handled = CounterMetricFamily(
-            "grpc_server_handled_total", "RPCs completed, by status code.", labels=(*_LABELS, "grpc_code")
-        )
-        seconds = HistogramMetricFamily(
-            "grpc_server_handling_seconds", "Time from a call's arrival to its end.", labels=_LABELS
-        )
+        started, received, sent, handled = self._counters()
+        seconds = self._seconds()
         for stats in list(self.methods.values()):
             started.add_metric(stats.labels, stats.started)
             received.add_metric(stats.labels, stats.received)

@@ -12,6 +12,9 @@ from loraline.core.jobs.telemetry import Series, Telemetry
 
 log = structlog.get_logger("loraline.metrics")
 _JOB_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)
+MOST_SERIES = 200
+"""Series of one metric that jobs may make; what comes on top is counted under the labels `other`."""
+_OTHER = "other"
 _ARTIFACT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)
 
 
@@ -43,6 +46,7 @@ class JobMetrics:
         self._told: dict[str, Counter | Gauge] = {}
         self._standing: dict[str, dict[Series, float]] = {}
         self._unknown: set[str] = set()
+        self._made: dict[str, set[Series]] = {}
         self._lock = threading.Lock()
 
     def accept(self, **metrics: Counter | Gauge) -> None:
@@ -71,13 +75,22 @@ class JobMetrics:
                     metric.set(left[key])
                 elif metric is not None:
                     _remove(self._told[key[0]], key)
+                    self._made.get(key[0], set()).discard(key)
 
     def _metric(self, kind: str, key: Series) -> Counter | Gauge | None:
         """Return the metric with the labels of a series; None, and one line in the log, for what nobody declared."""
         name, labels = key
         try:
             metric = self._told[name]
-            return metric.labels(**dict(labels)) if labels else metric
+            if not labels:
+                return metric
+            made = self._made.setdefault(name, set())
+            if key not in made and len(made) >= MOST_SERIES:
+                # A total stays right without its labels, a gauge does not.
+                return metric.labels(**dict.fromkeys(dict(labels), _OTHER)) if isinstance(metric, Counter) else None
+            child = metric.labels(**dict(labels))
+            made.add(key)
+            return child
         except (KeyError, ValueError) as error:
             if name not in self._unknown:
                 self._unknown.add(name)

@@ -34,6 +34,7 @@ from loraline.core.serving.housekeeping import keep_house
 from loraline.core.serving.http import AppServer, MetricsServer
 from loraline.core.serving.http_auth import HttpKeyAuth
 from loraline.core.serving.interceptor import PlatformInterceptor
+from loraline.core.serving.machine import DiskMetrics, GpuMetrics, ReadinessMetrics
 from loraline.core.serving.opening import make_runners, open_platform, platform_services
 from loraline.core.serving.startup import channel_options, check_settings, open_keys, server_credentials
 
@@ -83,6 +84,11 @@ class PlatformServer:
         if key and first_key:
             first_key(key)
         self._metrics = GrpcMetrics()
+        self._machine = (
+            ReadinessMetrics(lambda: self.health.reasons),
+            DiskMetrics(self.settings.data_dir),
+            GpuMetrics(),
+        )
         self._interceptor = PlatformInterceptor(self._metrics, self.ring)
         self._health_servicer = HealthServicer()
         self._services = platform_services(platform)
@@ -96,7 +102,9 @@ class PlatformServer:
 
     async def serve(self, ready: Callable[[ServerAddresses], None] | None, stop: asyncio.Event) -> None:
         """Start, wait for the wish to stop, drain."""
-        self.platform.registry.register(self._metrics)
+        collectors = (self._metrics, *self._machine)
+        for collector in collectors:
+            self.platform.registry.register(collector)
         hurry = asyncio.Event()
         restore = _on_signals(stop, hurry)
         try:
@@ -109,7 +117,8 @@ class PlatformServer:
         finally:
             restore()
             await self._stop()
-            self.platform.registry.unregister(self._metrics)
+            for collector in collectors:
+                self.platform.registry.unregister(collector)
 
     async def _start(self) -> ServerAddresses:
         sockets = self._bind()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class AdapterRegistry:
         self._limit = limit
         self._require_proof = require_proof
         self._adapters: dict[str, ServedAdapter] = {}
+        metrics.forget_adapters()
         self._ticks = itertools.count(1)
         # One load at a time: loads are rare, and two that both look for room would each count the other's.
         self._loading = asyncio.Lock()
@@ -121,9 +123,18 @@ class AdapterRegistry:
         adapter.users += 1
         adapter.free.clear()
         adapter.last_used = next(self._ticks)
+        outcome, begun = "ok", time.monotonic()
         try:
             yield adapter
+        except LoralineError as error:
+            outcome = error.reason
+            raise
+        except BaseException as error:
+            outcome = "INTERNAL" if isinstance(error, Exception) else "cancelled"
+            raise
         finally:
+            if internal_name(exact) in self._adapters:
+                self._metrics.adapter_answered(adapter.name, outcome, time.monotonic() - begun)
             adapter.users -= 1
             if not adapter.users:
                 adapter.free.set()
@@ -137,6 +148,7 @@ class AdapterRegistry:
             await adapter.free.wait()
             if adapter.resident:
                 await self._engine.unload_adapter(adapter.internal)
+            self._metrics.forget_adapter(adapter.name)
             self._count()
 
     async def _load(self, exact: ArtifactRef) -> ServedAdapter:

@@ -37,7 +37,8 @@ class _OpenSessions(Collector):
         self._count_open = count_open
 
     def describe(self) -> list[Metric]:
-        return []
+        text = "Sessions in the database that have not expired."
+        return [GaugeMetricFamily("loraline_inference_sessions", text)]
 
     def collect(self) -> Iterator[Metric]:
         try:
@@ -45,6 +46,6 @@ class _OpenSessions(Collector):
         except Exception as error:
             _log.warning("sessions_uncounted", error=str(error))
             return
-        gauge = GaugeMetricFamily("loraline_inference_sessions", "Sessions in the database that have not expired.")
-        gauge.add_metric([], count)
+        (gauge,) = self.describe()
+        gauge.add_sample(gauge.name, {}, count)
         yield gauge

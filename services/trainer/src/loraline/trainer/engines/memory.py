@@ -62,7 +62,7 @@ def with_less_memory(spec: TrainingSpec) -> TrainingSpec | None:
 
 
 def _tell(before: TrainingSpec, after: TrainingSpec, observer: RunObserver) -> None:
-    observer.count("oom_recoveries", run=observer.run)
+    observer.count("oom_recoveries")
     if after.gradient_checkpointing and not before.gradient_checkpointing:
         what = "activations are recomputed from here on (gradient_checkpointing), which takes longer"
     else:
