@@ -142,6 +142,11 @@ def test_artifacts_from_push_to_delete(server: RealServer, dataset: Path, tmp_pa
     told = server.data_of("artifacts", "pull", "dataset/talk:v1", str(tmp_path / "again"))
     assert told["type"] == "finished" and "2 files verified" in told["detail"]
     assert server.data_of("artifacts", "verify", "dataset/talk")["verified_bytes"] == shown["size_bytes"]
+    server.call("artifacts", "pack", "dataset/talk", str(tmp_path / "talk.tar"))
+    server.call("artifacts", "unpack", str(tmp_path / "talk.tar"), "--name", "carried")
+    carried = server.data_of("artifacts", "show", "dataset/carried")
+    assert (carried["digest"], carried["ref"]["version"]) == (shown["digest"], 1)
+    assert "TARGET_EXISTS" in server.call("--format", "json", "artifacts", "pack", "dataset/talk", str(dataset), code=2)
     server.call("artifacts", "alias", "dataset/talk:v1", "gold")
     assert "loraline artifacts alias dataset/talk:v1 gold --delete" in server.call(
         "artifacts", "delete", "dataset/talk:v1", code=1

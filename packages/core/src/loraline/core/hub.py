@@ -75,8 +75,8 @@ def forbidden(hub_id: str, revision: str, found: CacheLook) -> LoralineError | N
         return None
     message = (
         f"{_named(hub_id, revision)} is not complete on this machine, and {variable} is set: {found.described}. Fetch "
-        "it on a connected machine (`loraline models pull`, then `loraline models pack`) and unpack it here, or unset "
-        f"{variable}."
+        "it on a connected machine (`loraline models pull`, then `loraline artifacts pack`) and unpack it here, or "
+        f"unset {variable}."
     )
     return not_found("HUB_NOT_CACHED", message, hub_id=hub_id, missing=",".join(found.missing[:20]))
 

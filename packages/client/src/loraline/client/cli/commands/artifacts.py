@@ -9,6 +9,7 @@ import typer
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.client.cli.app import App, invocation
+from loraline.client.cli.commands import packing
 from loraline.client.cli.output import Output, age_text, size_text
 from loraline.client.cli.plaindata import as_data, flat
 from loraline.client.cli.progress import view
@@ -26,6 +27,7 @@ def register(app: App) -> None:
     group.command("show")(show)
     group.command("pull")(pull)
     group.command("push")(push)
+    packing.register(group)
     group.command("alias")(alias)
     group.command("verify")(verify)
     group.command("delete")(delete)
