@@ -1,0 +1,263 @@
+"""The rendered objects are what Kubernetes and the operators know, and what they refer to is there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from kubernetes_validate import utils
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSIONS = ("1.30.0", "1.37.0")
+"""From the oldest Kubernetes that has all that is used (preStop.sleep is on) to the newest that the schemas know."""
+SECRETS = {
+    "loraline-keys": {"api_keys.json"},
+    "loraline-postgres": {"password"},
+    "loraline-s3": {"access-key", "secret-key"},
+    "loraline-llm": {"api-key"},
+    "loraline-hub": {"token"},
+}
+"""Secrets that an operator makes, with their keys; docs/deploy-kubernetes.md has the commands."""
+LABELS = {"matchLabels": {"*": ""}, "matchExpressions": [{"key": "", "operator": "", "values": [""]}]}
+POLICIES = {
+    "stabilizationWindowSeconds": 0,
+    "selectPolicy": "",
+    "policies": [{"type": "", "value": 0, "periodSeconds": 0}],
+}
+CUSTOM: dict[str, Any] = {
+    "ServiceMonitor monitoring.coreos.com/v1": {
+        "spec": {
+            "selector": LABELS,
+            "namespaceSelector": {"matchNames": [""], "any": True},
+            "endpoints": [
+                {
+                    "port": "",
+                    "path": "",
+                    "interval": "",
+                    "scrapeTimeout": "",
+                    "relabelings": [
+                        {
+                            "action": "",
+                            "sourceLabels": [""],
+                            "targetLabel": "",
+                            "regex": "",
+                            "replacement": "",
+                            "separator": "",
+                        }
+                    ],
+                }
+            ],
+        },
+    },
+    "PrometheusRule monitoring.coreos.com/v1": {
+        "spec": {
+            "groups": [
+                {
+                    "name": "",
+                    "interval": "",
+                    "limit": 0,
+                    "rules": [
+                        {
+                            "alert": "",
+                            "record": "",
+                            "expr": "",
+                            "for": "",
+                            "keep_firing_for": "",
+                            "labels": {"*": ""},
+                            "annotations": {"*": ""},
+                        }
+                    ],
+                }
+            ]
+        },
+    },
+    "ScaledObject keda.sh/v1alpha1": {
+        "spec": {
+            "scaleTargetRef": {"name": "", "kind": "", "apiVersion": ""},
+            "minReplicaCount": 0,
+            "maxReplicaCount": 0,
+            "pollingInterval": 0,
+            "cooldownPeriod": 0,
+            "fallback": {"failureThreshold": 0, "replicas": 0, "behavior": ""},
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": {"scaleUp": POLICIES, "scaleDown": POLICIES}}},
+            "triggers": [{"type": "", "metricType": "", "metadata": {"*": ""}}],
+        },
+    },
+    "ResourceFlavor kueue.x-k8s.io/v1beta2": {"spec": {"nodeLabels": {"*": ""}}},
+    "ClusterQueue kueue.x-k8s.io/v1beta2": {
+        "spec": {
+            "namespaceSelector": LABELS,
+            "preemption": {"withinClusterQueue": ""},
+            "resourceGroups": [
+                {
+                    "coveredResources": [""],
+                    "flavors": [{"name": "", "resources": [{"name": "", "nominalQuota": (0, "")}]}],
+                }
+            ],
+        },
+    },
+    "LocalQueue kueue.x-k8s.io/v1beta2": {"spec": {"clusterQueue": ""}},
+    "WorkloadPriorityClass kueue.x-k8s.io/v1beta2": {"value": 0, "description": ""},
+}
+"""Fields of the operators' objects that may be used, with an example of their type; written after their definitions."""
+
+
+def departures(value: Any, shape: Any, path: str) -> list[str]:
+    """Return where a value has fields that the shape lacks, or other types."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return [f"{path} is no object"]
+        return [
+            departure
+            for key, item in value.items()
+            for departure in (
+                departures(item, shape.get(key, shape.get("*")), f"{path}.{key}")
+                if key in shape or "*" in shape
+                else [f"{path}.{key} is unknown"]
+            )
+        ]
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return [f"{path} is no list"]
+        return [d for i, item in enumerate(value) for d in departures(item, shape[0], f"{path}[{i}]")]
+    types = tuple(type(item) for item in shape) if isinstance(shape, tuple) else (type(shape),)
+    return [] if type(value) in types else [f"{path} is {value!r}"]
+
+
+@pytest.fixture(scope="module")
+def known_schemas() -> Any:
+    """Let the validator read each schema once instead of once for each object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
+        yield
+
+
+def test_objects_are_strictly_what_the_schemas_say(rendered: Any, known_schemas: None) -> None:
+    unique = {json.dumps(o, sort_keys=True): o for r in rendered.values() for o in r.objects}
+    custom = 0
+    for item in unique.values():
+        key = f"{item['kind']} {item['apiVersion']}"
+        if key in CUSTOM:
+            custom += 1
+            body = {k: v for k, v in item.items() if k not in ("apiVersion", "kind", "metadata")}
+            assert departures(body, CUSTOM[key], key) == []
+            continue
+        for version in VERSIONS:
+            kubernetes_validate.validate(item, version, strict=True)
+    assert len(unique) > 60
+    assert custom >= 10
+
+
+def test_the_check_of_schemas_refuses_what_it_should(rendered: Any, known_schemas: None) -> None:
+    deployment = json.loads(json.dumps(rendered["gpu"].kind("Deployment")["trainer"]))
+    deployment["spec"]["template"]["spec"]["restartpolicy"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError, match="restartpolicy"):
+        kubernetes_validate.validate(deployment, VERSIONS[1], strict=True)
+    scaled = json.loads(json.dumps(rendered["keda"].kind("ScaledObject")["inference"]))
+    scaled["spec"]["maxReplicas"] = 3
+    scaled["spec"]["pollingInterval"] = "15"
+    found = departures({"spec": scaled["spec"]}, CUSTOM["ScaledObject keda.sh/v1alpha1"], "o")
+    assert found == ["o.spec.pollingInterval is '15'", "o.spec.maxReplicas is unknown"]
+
+
+def test_names_are_unique_and_in_one_namespace(overlay: Any) -> None:
+    seen: set[tuple[str, str]] = set()
+    cluster = {"Namespace", "PriorityClass", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"}
+    for item in overlay.objects:
+        key = (item["kind"], item["metadata"]["name"])
+        assert key not in seen
+        seen.add(key)
+        assert item["metadata"].get("namespace") == (None if item["kind"] in cluster else "loraline"), key
+
+
+def test_what_pods_refer_to_is_there(overlay: Any) -> None:
+    claims, maps = overlay.kind("PersistentVolumeClaim"), overlay.kind("ConfigMap")
+    for name, pod in overlay.pods().items():
+        spec = pod["spec"]
+        assert spec["serviceAccountName"] in overlay.kind("ServiceAccount"), name
+        assert spec["priorityClassName"] in overlay.kind("PriorityClass"), name
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        templates = overlay.workloads()[name]["spec"].get("volumeClaimTemplates", [])
+        mountable = {*volumes, *(template["metadata"]["name"] for template in templates)}
+        for volume in volumes.values():
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in claims
+            for secret, keys in secret_sources(volume):
+                assert keys <= SECRETS[secret], f"{name}: {secret}"
+        for container in spec["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} == mountable, name
+            for source in container.get("envFrom", []):
+                assert source["configMapRef"]["name"] in maps, name
+            for variable in container.get("env", []):
+                if "valueFrom" in variable:
+                    reference = variable["valueFrom"]["secretKeyRef"]
+                    assert reference["key"] in SECRETS[reference["name"]]
+
+
+def secret_sources(volume: dict[str, Any]) -> list[tuple[str, set[str]]]:
+    """Return the secrets of a volume with the keys that it takes from them."""
+    found = []
+    if "secret" in volume:
+        found.append((volume["secret"]["secretName"], volume["secret"]["items"]))
+    for source in volume.get("projected", {}).get("sources", []):
+        found.append((source["secret"]["name"], source["secret"]["items"]))
+    return [(name, {item["key"] for item in items}) for name, items in found]
+
+
+def test_services_find_pods_and_their_ports(overlay: Any) -> None:
+    for name, service in overlay.kind("Service").items():
+        selector = service["spec"]["selector"]
+        found = [p for p in overlay.pods().values() if selector.items() <= p["metadata"]["labels"].items()]
+        assert len(found) == 1, name
+        ports = {port["name"] for c in found[0]["spec"]["containers"] for port in c["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports, name
+    for name, workload in overlay.workloads().items():
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items(), name
+        if workload["kind"] == "StatefulSet":
+            assert overlay.kind("Service")[workload["spec"]["serviceName"]]["spec"]["clusterIP"] == "None"
+
+
+def test_images_have_versions(overlay: Any) -> None:
+    for name, pod in overlay.pods().items():
+        for container in pod["spec"]["containers"]:
+            assert re.search(r":[A-Za-z.]*\d+[.-]\d+", container["image"]), f"{name}: {container['image']}"
+
+
+def test_prometheus_is_told_every_stage(rendered: Any) -> None:
+    for name in ("monitoring", "keda", "production"):
+        overlay = rendered[name]
+        monitor = overlay.kind("ServiceMonitor")["loraline"]["spec"]
+        assert monitor["selector"] == {"matchExpressions": [{"key": "loraline.dev/stage", "operator": "Exists"}]}
+        told = {
+            service["spec"]["selector"]["app.kubernetes.io/name"]
+            for service in overlay.kind("Service").values()
+            if "loraline.dev/stage" in service["metadata"]["labels"]
+            and monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+        }
+        assert told == set(overlay.stages())
+        # As in deploy/prometheus/prometheus.yml: `service` is the stage (the operator takes the Service's name).
+        assert monitor["endpoints"][0]["relabelings"] == [{"targetLabel": "job", "replacement": "loraline"}]
+
+
+def test_rules_and_dashboards_are_those_of_the_compose_deployment(rendered: Any) -> None:
+    command = [sys.executable, "deploy/kubernetes/make_monitoring.py", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    overlay = rendered["monitoring"]
+    (rule,) = overlay.kind("PrometheusRule").values()
+    assert sum("alert" in r for group in rule["spec"]["groups"] for r in group["rules"]) >= 10
+    boards = [m for m in overlay.kind("ConfigMap").values() if m["metadata"]["labels"].get("grafana_dashboard") == "1"]
+    files = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
+    wanted = {path.name: json.loads(path.read_text()) for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")}
+    assert wanted
+    assert files == wanted
+    # `kubectl apply` writes the object into an annotation, which has 256 KiB.
+    assert max(len(json.dumps(board)) for board in boards) < 256 * 1024
