@@ -13,6 +13,7 @@ from loraline.inference.http.app import create_app
 from loraline.inference.metrics import InferenceMetrics
 from loraline.inference.profiles.registry import Profiles
 from loraline.inference.profiles.relay import Relay
+from loraline.inference.readiness import NOTHING_LOADED
 from loraline.inference.servicer import InferenceServicer
 from loraline.inference.sessions.calls import SessionCalls
 from loraline.inference.sessions.metrics import SessionMetrics
@@ -27,6 +28,7 @@ def build(platform: Platform, settings: InferenceSettings | None = None) -> Comp
     settings = settings or InferenceSettings()
     metrics = InferenceMetrics(platform.registry)
     host = ModelHost(settings, platform.settings, platform.library, metrics)
+    metrics.model_wanted.set_function(lambda: float(host.why_not_ready != NOTHING_LOADED))
     store = SessionStore(platform.database, settings.session_limits())
     sessions = Sessions(store, SessionMetrics(platform.registry, store.count))
     generation = Generation(host, settings, metrics, sessions)

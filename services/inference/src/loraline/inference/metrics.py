@@ -40,6 +40,9 @@ class InferenceMetrics:
             ["result"],
             registry=registry,
         )
+        for result in ("loaded", "PROOF_FAILED", "RECEIPT_MISMATCH"):
+            # At zero before the first, so that an alert on an increase sees it.
+            self.adapter_loads.labels(result=result)
         self.adapter_requests = Counter(
             "loraline_inference_adapter_requests_total",
             "Requests that an adapter took, by adapter and outcome (ok, cancelled or the error's reason).",
@@ -54,6 +57,11 @@ class InferenceMetrics:
             registry=registry,
         )
         self.adapters = Gauge("loraline_inference_adapters", "Adapters in the engine now.", registry=registry)
+        self.model_wanted = Gauge(
+            "loraline_inference_model_wanted",
+            "Whether a model is served, loading or failed to load: 1; 0 where none was ever asked for.",
+            registry=registry,
+        )
         self.in_flight = Gauge("loraline_inference_in_flight_requests", "Requests being answered.", registry=registry)
         self.waiting = Gauge(
             "loraline_inference_queued_requests",
