@@ -238,10 +238,12 @@ async def merge_work(platform, job, request):
     )
 
 
-class Jobs(job_pb2_grpc.JobServiceServicer):
+class Part:
     def __init__(self, platform):
         self.p = platform
 
+
+class Jobs(Part, job_pb2_grpc.JobServiceServicer):
     async def job(self, name, context):
         if name not in self.p.jobs:
             await refuse(context, grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND", f"There is no job {name}.")
@@ -302,10 +304,7 @@ class Jobs(job_pb2_grpc.JobServiceServicer):
         return job_pb2.DeleteJobResponse()
 
 
-class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
-    def __init__(self, platform):
-        self.p = platform
-
+class Artifacts(Part, artifact_pb2_grpc.ArtifactServiceServicer):
     async def artifact(self, ref, context) -> artifact_pb2.Artifact:
         found = self.p.find(ref)
         if found is None:
@@ -358,44 +357,42 @@ class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
         return artifact_pb2.SetAliasResponse(change=change)
 
 
-class Datagen(datagen_pb2_grpc.DatagenServiceServicer):
-    def __init__(self, platform):
-        self.p = platform
-
+class Datagen(Part, datagen_pb2_grpc.DatagenServiceServicer):
     async def ConvertDataset(self, request, context):
         job = await self.p.submit("datagen.convert", request, convert_work, context)
         return datagen_pb2.ConvertDatasetResponse(job=job)
 
 
-class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
-    def __init__(self, platform):
-        self.p = platform
-
+class Trainer(Part, trainer_pb2_grpc.TrainerServiceServicer):
     async def Train(self, request, context):
+        if request.existing_run == trainer_pb2.EXISTING_RUN_POLICY_FAIL:
+            await refuse(context, grpc.StatusCode.ALREADY_EXISTS, "RUN_EXISTS", f"The run {request.name} exists.")
         if request.parameters.lora.r > 512:
             field = {"parameters.lora.r": "512 is the greatest rank that the server takes."}
             await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "RANK_TOO_HIGH", "The rank is too high.", **field)
         job = await self.p.submit("trainer.train", request, train_work, context)
         return trainer_pb2.TrainResponse(job=job)
 
+    async def GetRun(self, request, context):
+        jobs = [job for job in self.p.jobs.values() if job.kind == "trainer.train"]
+        if not jobs:
+            await refuse(context, grpc.StatusCode.NOT_FOUND, "RUN_MISSING", "There is no such run.")
+        run = trainer_pb2.Run(name=request.name, job=jobs[-1].name, state=jobs[-1].state)
+        run.checkpoints.add(step=8, epoch=3.0, loss=0.4)
+        return trainer_pb2.GetRunResponse(run=run)
+
     async def CreateTinyModel(self, request, context):
         job = await self.p.submit("trainer.tiny", request, tiny_work, context)
         return trainer_pb2.CreateTinyModelResponse(job=job)
 
 
-class Merger(merger_pb2_grpc.MergerServiceServicer):
-    def __init__(self, platform):
-        self.p = platform
-
+class Merger(Part, merger_pb2_grpc.MergerServiceServicer):
     async def Merge(self, request, context):
         job = await self.p.submit("merger.merge", request, merge_work, context)
         return merger_pb2.MergeResponse(job=job)
 
 
-class Inference(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, platform):
-        self.p = platform
-
+class Inference(Part, inference_pb2_grpc.InferenceServiceServicer):
     def base(self):
         model = inference_pb2.ServedModel(kind=inference_pb2.SERVED_KIND_BASE, resident=True)
         if self.p.base is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 from rich.console import Group
@@ -223,6 +224,15 @@ class TerminalView:
 
     def __exit__(self, *failure: object) -> None:
         self._live.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the screen to somebody who asks a question."""
+        self._live.stop()
+        try:
+            yield
+        finally:
+            self._live.start()
 
     def started(self, stage: str, what: str) -> None:
         """Show a bar that waits."""

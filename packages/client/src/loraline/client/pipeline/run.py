@@ -7,10 +7,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import grpc
+
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.api.merger.v1 import merger_pb2
 from loraline.api.trainer.v1 import trainer_pb2
+from loraline.client import tracing
 from loraline.client.aio import AsyncLoraline
 from loraline.client.errors import LoralineApiError
 from loraline.client.pipeline import serving
@@ -33,10 +36,27 @@ class StageFailed(Exception):
         return f"{self.stage}: {self.error}"
 
 
+@dataclass(frozen=True)
+class ExistingRunRule:
+    """What becomes of an earlier run of the pipeline's name when another is to start."""
+
+    told: trainer_pb2.ExistingRunPolicy.ValueType = trainer_pb2.EXISTING_RUN_POLICY_UNSPECIFIED
+    """Goes before what the file says; UNSPECIFIED leaves it to the file."""
+    ask: Callable[[trainer_pb2.Run], Awaitable[trainer_pb2.ExistingRunPolicy.ValueType]] | None = None
+    """Asks a person, where neither says it; without one the earlier run is kept aside (BACKUP_AND_RESTART)."""
+
+
 class PipelineRun:
     """One run of a pipeline against the servers of a client."""
 
-    def __init__(self, client: AsyncLoraline, spec: PipelineSpec, observer: Observer):
+    def __init__(
+        self,
+        client: AsyncLoraline,
+        spec: PipelineSpec,
+        observer: Observer,
+        existing: ExistingRunRule = ExistingRunRule(),
+    ):
+        self._existing = existing
         self._client = client
         self._spec = spec
         self._observer = observer
@@ -85,7 +105,8 @@ class PipelineRun:
             "ask": self._ask,
         }
         try:
-            outcome = await actions[work](part)
+            with tracing.span(stage.name):
+                outcome = await actions[work](part)
         except LoralineApiError as error:
             raise StageFailed(stage.name, error) from error
         self._outcomes[stage.name] = outcome
@@ -176,16 +197,32 @@ class PipelineRun:
 
         def finish(message: trainer_pb2.TrainRequest) -> None:
             message.base_model.CopyFrom(base)
-            # A pipeline is there to be changed and run again: what an earlier run of this name left is kept aside.
-            if not message.existing_run:
-                message.existing_run = trainer_pb2.EXISTING_RUN_POLICY_BACKUP_AND_RESTART
             for name, weight in spec.weights.items():
                 message.datasets.add(ref=self._made(f"dataset:{name}"), weight=weight)
             if contract is not None:
                 message.serving_contract.CopyFrom(contract)
 
         start = self._client.trainer.train
-        return await self._jobs.run("train", "trainer", start, request, inputs, trainer_pb2.TrainResult, finish)
+        result = trainer_pb2.TrainResult
+        return await self._jobs.run("train", "trainer", start, request, inputs, result, finish, self._decide)
+
+    async def _decide(self, request: trainer_pb2.TrainRequest) -> None:
+        """Say what becomes of an earlier run of this name, where the file does not: told, asked, or kept aside."""
+        if self._existing.told:
+            request.existing_run = self._existing.told
+        if request.existing_run:
+            return
+        # A pipeline is there to be changed and run again: what an earlier run of this name left is kept aside.
+        request.existing_run = trainer_pb2.EXISTING_RUN_POLICY_BACKUP_AND_RESTART
+        if self._existing.ask is None:
+            return
+        try:
+            run = await self._client.trainer.run(request.name)
+        except LoralineApiError as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                return
+            raise
+        request.existing_run = await self._existing.ask(run)
 
     async def _contract(self) -> trainer_pb2.ServingContract | None:
         """Return what the serving side can take, whatever base it serves now; None when no adapter will be served."""

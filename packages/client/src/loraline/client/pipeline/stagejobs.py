@@ -42,12 +42,14 @@ class StageJobs:
         inputs: Inputs,
         result_type: type[Any],
         finish: Callable[[Any], None] | None = None,
+        decide: Callable[[Any], Awaitable[None]] | None = None,
     ) -> StageOutcome:
         """Bring a stage's job to its end and return what it made.
 
         `request` holds the settings of the file; `inputs` are (role, exact reference); `finish` puts into the request
-        what shall not change its identity: the references by version, and the serving contract. A job that does not
-        succeed raises JobNotSuccessful.
+        what shall not change its identity: the references by version, and the serving contract. `decide` does the same
+        for what has to be asked first, only when a new job is about to start. A job that does not succeed raises
+        JobNotSuccessful.
         """
         identity = request_id(self._pipeline, stage.replace(":", "."), request, inputs)
         found, broken = await self._find(server, identity)
@@ -58,6 +60,8 @@ class StageJobs:
                 request.labels.update(pipeline=self._pipeline, stage=stage.replace(":", "."))  # type: ignore[attr-defined]
             if finish is not None:
                 finish(request)
+            if decide is not None:
+                await decide(request)
             job, after = await self._start(stage, start, request), 0
             self._observer.remark(stage, f"job {job.name}")
         else:

@@ -9,8 +9,11 @@ from typing import Annotated
 
 import typer
 
+from loraline.api.trainer.v1 import trainer_pb2
+from loraline.client import tracing
 from loraline.client.cli.app import App, Invocation, invocation
 from loraline.client.cli.commands.jobs import next_for
+from loraline.client.cli.existing import ExistingRun, asker, asks
 from loraline.client.cli.failures import FAILED, INTERRUPTED, CommandFailed, exit_code, tell
 from loraline.client.cli.output import Output
 from loraline.client.cli.progress import View, view
@@ -19,7 +22,7 @@ from loraline.client.errors import JobNotSuccessful
 from loraline.client.pipeline.plan import plan
 from loraline.client.pipeline.reading import read_pipeline
 from loraline.client.pipeline.report import PipelineReport
-from loraline.client.pipeline.run import PipelineRun, StageFailed
+from loraline.client.pipeline.run import ExistingRunRule, PipelineRun, StageFailed
 from loraline.client.pipeline.spec import PipelineSpec
 
 
@@ -33,6 +36,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file and every request it would make; ask no server.")
     ] = False,
+    existing_run: Annotated[
+        ExistingRun | None,
+        typer.Option(
+            help="When training starts anew under a name that has a run: fail, overwrite it, back it up, or continue "
+            "it. Default: what the file says, else a question on a terminal, else backup."
+        ),
+    ] = None,
 ) -> None:
     """Run a pipeline file: data, base model, training, merge, serving, questions.
 
@@ -44,6 +54,7 @@ def run(
 
       loraline run examples/persona/pipeline.yaml
       loraline run pipeline.yaml --dry-run
+      loraline run pipeline.yaml --existing-run continue    after raising the epochs in the file
       loraline run pipeline.yaml --format json | tail -1
     """
     spec = read_pipeline(pipeline)
@@ -55,7 +66,7 @@ def run(
         count = asyncio.run(rehearse(spec))
         _tell_plan(called.output, spec, count)
         return
-    report = execute(called, spec)
+    report = execute(called, spec, existing_run)
     checks = report.checks()
     output = called.output
     if output.json:
@@ -70,18 +81,26 @@ def run(
         raise CommandFailed(FAILED)
 
 
-def execute(called: Invocation, spec: PipelineSpec) -> PipelineReport:
-    """Run a pipeline and show it; CommandFailed after the failure of a stage was told, or after Ctrl-C."""
+def execute(called: Invocation, spec: PipelineSpec, existing: ExistingRun | None = None) -> PipelineReport:
+    """Run a pipeline and show it; CommandFailed after the failure of a stage was told, or after Ctrl-C.
+
+    `existing` says what becomes of an earlier run of its name; None asks on a terminal and keeps it aside elsewhere.
+    """
     output = called.output
     active: list[PipelineRun] = []
 
     async def work(shown: View) -> PipelineReport:
         async with called.async_client() as client:
-            active.append(PipelineRun(client, spec, shown))
-            return await active[0].run()
+            told = existing.policy if existing is not None else trainer_pb2.EXISTING_RUN_POLICY_UNSPECIFIED
+            rule = ExistingRunRule(told, asker(output, shown) if asks(output) else None)
+            active.append(PipelineRun(client, spec, shown, rule))
+            with tracing.span(f"pipeline {spec.name}", pipeline=spec.name):
+                return await active[0].run()
 
     try:
-        with view(output) as shown:
+        with tracing.recording() as problem, view(output) as shown:
+            if problem:
+                output.err.print(f"note: {problem}", soft_wrap=True, markup=False)
             return asyncio.run(work(shown))
     except StageFailed as failure:
         if os.environ.get("LORALINE_DEBUG") == "1":
