@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from loraline.core.config import CoreSettings
 from loraline.core.jobs.queue import JobQueue
 from loraline.core.jobs.runner import JobRunner
 from loraline.core.jobs.telemetry import Telemetry, TelemetryPipe, TelemetryWriter, series
+from loraline.core.logging import configure
 from loraline.core.serving.metrics import JobMetrics
 from loraline.core.testing import jobs as testing
 from loraline.core.testing.waiting import until
@@ -102,3 +107,49 @@ def test_gauges_of_two_jobs_and_figures_that_nobody_declared(service: Service) -
     service.metrics.job_gone("k", "one")
     assert service.value("test_limit", endpoint="a") is None
     service.metrics.job_told("k", "one", Telemetry({series("test_steps", {"wrong": "label"}): 1.0}, {}))
+
+
+@on_sqlite
+async def test_what_a_job_remarks_stands_in_the_services_log(
+    queue: JobQueue, start_runner: StartRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    configure("json", "info")
+    try:
+        await start_runner()
+        counted = await queue.submit(testing.COUNT, testing.struct(to=1, seconds=0))
+        crashed = await queue.submit(testing.CRASH, testing.struct(how="typed"))
+        lines: list[dict[str, Any]] = []
+        await until(lambda: _left(lines, capsys, 2), "both jobs' ends")
+    finally:
+        root.handlers[:], root.level = before
+        structlog.reset_defaults()
+    told = {(line["job"], line["event"]): line for line in lines if "job" in line}
+    start = told[counted.name, "Start at 0"]
+    assert (start["kind"], start["attempt"], start["reason"]) == ("test.count", 1, "COUNT_START")
+    assert (start["level"], start["source"], start["fields"]) == ("info", "loraline.job", {"done": "0"})
+    failure = told[crashed.name, "Row 7 of train.jsonl has no messages."]
+    assert (failure["level"], failure["reason"]) == ("error", "ROW_INVALID")
+    assert told[crashed.name, "job_left"]["state"] == "FAILED"
+
+
+def _left(lines: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], jobs: int) -> bool:
+    lines += [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    return sum(line["event"] == "job_left" for line in lines) == jobs
+
+
+def test_a_flood_of_remarks_keeps_the_newest_and_blocks_nobody() -> None:
+    pipe = TelemetryPipe()
+    writer = TelemetryWriter(pipe.child_end)
+    for number in range(5000):
+        writer.remark({"event": "x" * 100, "number": number})
+    writer.flush()
+    found: list[dict[str, Any]] = []
+    for _ in range(100):
+        pipe.take()
+        found += pipe.take_remarks()
+        writer.flush()
+    assert found[-1]["number"] == 4999 and len(found) < 5000
+    assert [remark["number"] for remark in found] == sorted(remark["number"] for remark in found)
+    pipe.close()

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from loraline.client import tracing
 from loraline.client.connection import Connection
 from loraline.client.errors import LoralineApiError, from_rpc_error
 
@@ -52,7 +53,7 @@ class Endpoint:
         patience = self.patience()
         while True:
             try:
-                reply = await method(request, timeout=timeout, metadata=self.metadata)
+                reply = await method(request, timeout=timeout, metadata=self.metadata + tracing.headers())
             except grpc.aio.AioRpcError as error:
                 failure = self.failed(error)
                 if not (idempotent and may_repeat(failure)):
@@ -64,7 +65,7 @@ class Endpoint:
 
     async def stream(self, method: Callable[..., Any], request: Any) -> AsyncIterator[Any]:
         """Make a call that answers with a stream; cancel it on the server when the reader goes away."""
-        call = method(request, metadata=self.metadata)
+        call = method(request, metadata=self.metadata + tracing.headers())
         try:
             async for message in call:
                 self.reached = True

@@ -16,6 +16,7 @@ import grpc.aio
 from google.protobuf import json_format
 
 from loraline.api.artifact.v1 import artifact_pb2, artifact_pb2_grpc
+from loraline.client import tracing
 from loraline.client.calls import WORK_SECONDS, Endpoints, may_repeat, pages
 from loraline.client.errors import LoralineApiError
 from loraline.client.refs import format_ref, parse_kind, parse_ref
@@ -85,7 +86,8 @@ class AsyncArtifacts:
             json_format.ParseDict(dict(facts), header.facts)
         patience = self._endpoint.patience()
         while True:
-            call = self._stub.UploadArtifact(_upload_parts(header, files, progress), metadata=self._endpoint.metadata)
+            metadata = self._endpoint.metadata + tracing.headers()
+            call = self._stub.UploadArtifact(_upload_parts(header, files, progress), metadata=metadata)
             try:
                 reply = await call
             except grpc.aio.AioRpcError as error:

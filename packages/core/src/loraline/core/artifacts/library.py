@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from sqlalchemy import Connection
 
 from loraline.api.artifact.v1.artifact_pb2 import AliasChange, Artifact, ArtifactRef
+from loraline.core import tracing
 from loraline.core.artifacts import aliases, catalog
 from loraline.core.artifacts.local import LocalStore
 from loraline.core.artifacts.manifest import FileEntry, Manifest, plain
@@ -69,6 +70,7 @@ class ArtifactLibrary:
         """Open the library of these settings; the database must have been migrated."""
         return cls(open_store(settings), database, settings.data_dir / "cache")
 
+    @tracing.traced("artifact publish")
     def publish(
         self,
         kind: int,
@@ -154,6 +156,7 @@ class ArtifactLibrary:
         ]
         return found, token
 
+    @tracing.traced("artifact fetch")
     def fetch(self, ref: ArtifactRef, *, paths: Sequence[str] = ()) -> Path:
         """Return a local folder with the artifact's files, or those of `paths`, each verified. Never write into it.
 

@@ -123,6 +123,7 @@ jobs = Table(
     Column("inputs", Text, nullable=False, server_default="[]"),  # JSON list of exact references
     Column("outputs", Text, nullable=False, server_default="[]"),
     Column("labels", Text, nullable=False, server_default="{}"),
+    Column("trace", Text, nullable=False, server_default=""),  # headers of the caller's span as JSON; empty for none
     Column("attempt", Integer, nullable=False, server_default="0"),
     Column("lost_attempts", Integer, nullable=False, server_default="0"),  # starts whose process died without a word
     Column("epoch", BigInteger, nullable=False, server_default="0"),

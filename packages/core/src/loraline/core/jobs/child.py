@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraline.core.config import CoreSettings
     from loraline.core.jobs.context import JobContext
     from loraline.core.jobs.model import JobEnd
+    from loraline.core.jobs.telemetry import TelemetryWriter
 
 EXIT_LEASE_LOST = 75
 
@@ -47,6 +48,7 @@ def _read_line() -> bytes:
 def _run(payload: ChildPayload, stop: StopSignal) -> int:
     import logging
 
+    from loraline.core import tracing
     from loraline.core.config import CoreSettings
     from loraline.core.db.database import Database
     from loraline.core.errors import LoralineError
@@ -54,21 +56,33 @@ def _run(payload: ChildPayload, stop: StopSignal) -> int:
     from loraline.core.jobs.model import QUEUED, SUCCEEDED, LeaseLost
     from loraline.core.jobs.patience import patiently
     from loraline.core.jobs.sql_table import open_table
+    from loraline.core.jobs.telemetry import TelemetryWriter
+    from loraline.core.logging import configure_job, mask
 
+    log = logging.getLogger("loraline.job")
     settings = CoreSettings(**payload.settings)
-    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format=layout)
+    telemetry = TelemetryWriter(payload.telemetry_fd) if payload.telemetry_fd >= 0 else None
+    configure_job(settings.log_level, telemetry.remark if telemetry is not None else lambda _: None)
+    tracing.configure(f"loraline-{payload.kind.partition('.')[0]}")
     database = Database(settings.database_url)
     table = open_table(database)
     try:
         job = patiently(lambda: table.get(payload.job))
         try:
-            context = _context(payload, settings, database, job.progress, stop)
+            context = _context(payload, settings, database, job.progress, stop, telemetry)
         except LoralineError as problem:  # such as a store that can't be opened
             end = failed(problem, settings)
+            log.error(mask(problem.message), extra={"reason": problem.reason})
+            if telemetry is not None:
+                telemetry.flush()
             patiently(lambda: table.finish(payload.job, payload.epoch, end))
             return 0
-        end = _do(context, payload, job.spec)
+        facts = {"loraline.job": payload.job, "loraline.attempt": payload.attempt}
+        with tracing.span(payload.kind, parent=payload.trace, attributes=facts) as span:
+            end = _do(context, payload, job.spec)
+            if end.error is not None:
+                span.fail(mask(end.error.message))
+                log.error(end.error.message, extra={"reason": LoralineError.from_status(end.error).reason})
         context.tell_figures()
         progress = context.last_progress(done=end.state == SUCCEEDED)
         if end.state == QUEUED:
@@ -81,17 +95,22 @@ def _run(payload: ChildPayload, stop: StopSignal) -> int:
         print(error, file=sys.stderr, flush=True)
         return EXIT_LEASE_LOST
     finally:
+        tracing.flush()
         database.close()
     return 0
 
 
 def _context(
-    payload: ChildPayload, settings: CoreSettings, database: Any, progress: Any, stop: StopSignal
+    payload: ChildPayload,
+    settings: CoreSettings,
+    database: Any,
+    progress: Any,
+    stop: StopSignal,
+    telemetry: TelemetryWriter | None,
 ) -> JobContext:
     from loraline.core.artifacts.library import ArtifactLibrary
     from loraline.core.jobs.context import JobContext
     from loraline.core.jobs.sql_table import open_table
-    from loraline.core.jobs.telemetry import TelemetryWriter
     from loraline.core.jobs.workdir import job_folder
 
     return JobContext(
@@ -104,7 +123,7 @@ def _context(
         database=database,
         table=open_table(database),
         workdir=job_folder(settings.data_dir, payload.job),
-        telemetry=TelemetryWriter(payload.telemetry_fd) if payload.telemetry_fd >= 0 else None,
+        telemetry=telemetry,
         stop=stop,
         last_progress=progress,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -22,7 +23,7 @@ from loraline.core.jobs.handlers import StopRequested
 from loraline.core.jobs.loading import StopSignal
 from loraline.core.jobs.model import LeaseLost, warning
 from loraline.core.jobs.outputs import published_before
-from loraline.core.jobs.pacing import EventPace
+from loraline.core.jobs.pacing import EventPace, share
 from loraline.core.jobs.patience import patiently
 from loraline.core.jobs.table import JobTable
 from loraline.core.jobs.telemetry import TelemetryWriter
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _WRITE_SECONDS = 1.0
 _POLL_SECONDS = 1.0
 _MAX_NOTES = 5000
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_log = logging.getLogger("loraline.job")
 _SEVERITIES = {"info": job_pb2.SEVERITY_INFO, "warning": job_pb2.SEVERITY_WARNING, "error": job_pb2.SEVERITY_ERROR}
 
 
@@ -125,7 +128,7 @@ class JobContext:
         """
         with self._lock:
             report = job_pb2.Progress(step=step, total_steps=total_steps, message=message, unit=unit)
-            report.fraction = _share(step, total_steps, fraction)
+            report.fraction = share(step, total_steps, fraction)
             eta = self._expect(report.fraction) if eta_seconds is None else eta_seconds
             if eta is not None and math.isfinite(eta):
                 report.eta.CopyFrom(Duration(seconds=max(0, round(eta))))
@@ -213,6 +216,7 @@ class JobContext:
         self._notes += 1
         note = job_pb2.Note(severity=_SEVERITIES[severity], reason=reason, message=message)
         note.fields.update({key: str(value) for key, value in fields.items()})
+        _log.log(_LEVELS[severity], message, extra={"reason": reason, "fields": dict(note.fields)})
         if self._notes == _MAX_NOTES:
             text = f"The job made {_MAX_NOTES} remarks; further ones are in its log file only."
             note = warning("TOO_MANY_NOTES", text, log=self.workdir / "log.txt")
@@ -292,9 +296,3 @@ class JobContext:
         cause = self.stop_cause
         if cause:
             raise StopRequested(cause)
-
-
-def _share(step: int, total_steps: int, fraction: float | None) -> float:
-    if fraction is None:
-        fraction = step / total_steps if total_steps > 0 else 0.0
-    return min(1.0, max(0.0, fraction))

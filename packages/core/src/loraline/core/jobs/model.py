@@ -58,6 +58,8 @@ class NewJob:
     request_id: str = ""
     inputs: tuple[artifact_pb2.ArtifactRef, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    trace: str = ""
+    """The caller's span as tracing.to_text wrote it; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Claim:
     epoch: int
     attempt: int
     queue_seconds: float
+    trace: str = ""
+    """The span that asked for the job, as tracing.to_text wrote it; empty for none."""
 
 
 @dataclass(frozen=True)

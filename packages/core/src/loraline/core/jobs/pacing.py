@@ -7,6 +7,13 @@ _LONGEST_SECONDS = 30.0
 _DETAIL = 600
 
 
+def share(step: int, total_steps: int, fraction: float | None) -> float:
+    """Return how much is done, 0 to 1: the fraction that was told, or what the steps say."""
+    if fraction is None:
+        fraction = step / total_steps if total_steps > 0 else 0.0
+    return min(1.0, max(0.0, fraction))
+
+
 class EventPace:
     """Thins out progress events the longer an attempt runs.
 

@@ -7,7 +7,7 @@ in arguments or the environment, which other users of the machine may read.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the child reads this module before it may import anything heavy
@@ -31,6 +31,8 @@ class ChildPayload:
     """CoreSettings with its secrets in plain text."""
     telemetry_fd: int = -1
     """Descriptor that the child writes its counters to; -1 for none."""
+    trace: dict[str, str] = field(default_factory=dict)
+    """The supervisor's span as headers; empty while traces are off."""
 
     def to_line(self) -> bytes:
         """Return the payload as one line."""

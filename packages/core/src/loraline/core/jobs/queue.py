@@ -7,10 +7,12 @@ import builtins
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+import structlog
 from google.protobuf.message import Message
 
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.job.v1.job_pb2 import Job, JobEvent
+from loraline.core import tracing
 from loraline.core.errors import invalid_argument
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.model import NewJob
@@ -20,6 +22,7 @@ from loraline.core.jobs.watch import WatchHub
 from loraline.core.jobs.workdir import remove_job_folder
 
 _MAX_LABELS = 64
+log = structlog.get_logger("loraline.jobs")
 
 
 class JobQueue:
@@ -50,10 +53,12 @@ class JobQueue:
         if len(request_id) > 128:
             raise invalid_argument("REQUEST_ID_TOO_LONG", "A request_id has at most 128 characters.", request_id="long")
         _check_labels(labels or {})
-        new = NewJob(handler.kind, request, request_id, tuple(inputs), dict(labels or {}))
+        trace = tracing.to_text(tracing.carrier())
+        new = NewJob(handler.kind, request, request_id, tuple(inputs), dict(labels or {}), trace)
         job, created = await asyncio.to_thread(self.table.create, new)
         if created:
             self._observer.job_submitted(handler.kind)
+            log.info("job_submitted", job=job.name, kind=handler.kind, job_request_id=request_id)
         return job
 
     async def get(self, name: str) -> Job:

@@ -67,6 +67,7 @@ class SqlLeases(SqlRows):
                     jobs.c.epoch,
                     jobs.c.attempt,
                     jobs.c.last_sequence,
+                    jobs.c.trace,
                     (now - jobs.c.queue_time).label("waited"),
                 )
             )
@@ -74,7 +75,7 @@ class SqlLeases(SqlRows):
             if row is None:
                 return None
             self._append(connection, row.name, row.last_sequence, row.attempt, [state_change(QUEUED, RUNNING)])
-            return Claim(row.name, row.kind, row.epoch, row.attempt, max(0.0, float(row.waited)))
+            return Claim(row.name, row.kind, row.epoch, row.attempt, max(0.0, float(row.waited)), row.trace)
 
     def reap(self, max_attempts: int, keep: Collection[str] = ()) -> list[Takeover]:
         """Take RUNNING jobs whose lease has run out from their runners."""

@@ -56,6 +56,7 @@ class SqlRecords(SqlRows):
                 "fingerprint": mark,
                 "inputs": refs_to_json(new.inputs),
                 "labels": json.dumps(dict(new.labels)),
+                "trace": new.trace,
                 "last_sequence": 1,
                 "create_time": self._now(),
                 "queue_time": self._now(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from loraline.api.job.v1 import job_pb2
+from loraline.core import tracing
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
 from loraline.core.jobs import endings
@@ -26,6 +30,7 @@ from loraline.core.jobs.table import JobTable
 from loraline.core.jobs.telemetry import TelemetryPipe
 from loraline.core.jobs.workdir import begin_log, job_folder, log_tail
 
+_log = structlog.get_logger("loraline.job")
 _LOOK_SECONDS = 0.1
 _T = TypeVar("_T")
 EventSink = Callable[[str, Mapping[str, object]], None]
@@ -74,7 +79,22 @@ class Supervisor(threading.Thread):
         self._handover.set()
 
     def run(self) -> None:
-        """Do the job; never raises."""
+        """Do the job; never raises. The trace's span is the runner's, so it tells of processes that were killed too."""
+        claim = self.claim
+        facts = {"loraline.job": claim.name, "loraline.kind": claim.kind, "loraline.attempt": claim.attempt}
+        facts["loraline.queue_seconds"] = round(claim.queue_seconds, 3)
+        parent = tracing.from_text(claim.trace)
+        try:
+            with tracing.span(f"job {claim.kind}", kind="consumer", parent=parent, attributes=facts) as span:
+                state = self._attempt()
+                span.set_attribute("loraline.state", state)
+                if state in ("", "FAILED"):
+                    span.fail("the job failed" if state else "the job could not be supervised")
+        finally:
+            self._on_end(self)
+
+    def _attempt(self) -> str:
+        """Return the state that the attempt led to; empty when that is not known."""
         begin = time.monotonic()
         self._observer.job_started(self.claim.kind, self.claim.queue_seconds)
         state = ""
@@ -89,7 +109,7 @@ class Supervisor(threading.Thread):
             _held_here.discard(self.claim.name)
             self._observer.job_finished(self.claim.kind, state or "UNKNOWN", time.monotonic() - begin)
             self._tell("job_left", state=state)
-            self._on_end(self)
+        return state
 
     # ---------------------------------------------------------------------------------------------------------- child
 
@@ -133,6 +153,11 @@ class Supervisor(threading.Thread):
     def _listen(self, pipe: TelemetryPipe) -> None:
         for figures in pipe.take():
             self._observer.job_told(self.claim.kind, self.claim.name, figures)
+        for remark in pipe.take_remarks():
+            level = logging.getLevelNamesMapping().get(str(remark.pop("level", "")).upper(), logging.INFO)
+            event, source = str(remark.pop("event", "")), remark.pop("logger", "")
+            whose = {"job": self.claim.name, "kind": self.claim.kind, "attempt": self.claim.attempt, "source": source}
+            _log.log(level, event, **{**remark, **whose})
 
     def _send_payload(self, child: subprocess.Popen[bytes], telemetry: int) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead already; its return code says more
@@ -152,6 +177,7 @@ class Supervisor(threading.Thread):
             runner_pid=os.getpid(),
             settings=settings_to_json(self._settings),
             telemetry_fd=telemetry,
+            trace=tracing.carrier(),
         )
 
     def _watch(self, child: subprocess.Popen[bytes], pipe: TelemetryPipe) -> int:

@@ -3,6 +3,7 @@
 The child adds up what it counts and writes it as lines of JSON into a pipe, twice a second and once at its end; the
 supervisor reads the pipe whenever it looks after the child and hands each line to its observer. Nothing waits for
 anything: a full pipe keeps the sums in the child until the next try, a killed child loses half a second of counts.
+Lines of the child's log that belong into the service's travel the same way.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
 _FLUSH_SECONDS = 0.5
 _LONGEST_LINE = 1 << 20
+_MOST_REMARKS = 1000
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
 """A metric's name and its labels, sorted by name."""
@@ -60,6 +62,7 @@ class TelemetryWriter:
         self._lock = threading.Lock()
         self._counts: defaultdict[Series, float] = defaultdict(float)
         self._gauges: dict[Series, float] = {}
+        self._remarks: deque[bytes] = deque(maxlen=_MOST_REMARKS)
         self._unsent = b""
         self._timer: threading.Timer | None = None
 
@@ -73,6 +76,12 @@ class TelemetryWriter:
         """Set a gauge; it stands until the job's process ends."""
         with self._lock:
             self._gauges[series(name, labels)] = value
+            self._flush_soon()
+
+    def remark(self, fields: dict[str, Any]) -> None:
+        """Tell a line of the log; of a flood the newest lines stay."""
+        with self._lock:
+            self._remarks.append(json.dumps(fields, separators=(",", ":"), default=str).encode() + b"\n")
             self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -92,7 +101,8 @@ class TelemetryWriter:
                 self._counts.clear()
                 self._gauges.clear()
             try:
-                while self._unsent:
+                while self._unsent or self._remarks:
+                    self._unsent = self._unsent or self._remarks.popleft()
                     self._unsent = self._unsent[os.write(self._descriptor, self._unsent) :]
             except BlockingIOError:
                 self._flush_soon()
@@ -107,6 +117,7 @@ class TelemetryPipe:
         self._read, self.child_end = os.pipe()
         os.set_blocking(self._read, False)
         self._rest = b""
+        self._remarks: list[dict[str, Any]] = []
 
     def close_child_end(self) -> None:
         """Close the descriptor that the child has a copy of by now."""
@@ -127,12 +138,27 @@ class TelemetryPipe:
             if len(self._rest) > _LONGEST_LINE and b"\n" not in self._rest:
                 self._rest = b""  # not a line of ours
         *lines, self._rest = self._rest.split(b"\n")
+        self._remarks += [told for line in lines if (told := _remark(line))]
         return [told for line in lines if (told := _parsed(line)) is not None]
+
+    def take_remarks(self) -> list[dict[str, Any]]:
+        """Return the lines of the log among what `take` has read."""
+        remarks, self._remarks = self._remarks, []
+        return remarks
 
     def close(self) -> None:
         """Close both ends."""
         self.close_child_end()
         os.close(self._read)
+
+
+def _remark(line: bytes) -> dict[str, Any] | None:
+    if not line.startswith(b"{"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _parsed(line: bytes) -> Telemetry | None:

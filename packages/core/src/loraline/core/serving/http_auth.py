@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import grpc
+import structlog
 
+from loraline.core.call import HEADER, Call, begin_call
 from loraline.core.errors import LoralineError
 from loraline.core.serving.auth import (
     ANONYMOUS,
@@ -19,17 +21,14 @@ from loraline.core.serving.auth import (
     unknown_key,
 )
 from loraline.core.serving.http_body_key import BODY_KEY_PATHS, read_key
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from loraline.core.serving.traced import App, Receive, Scope, Send, traced_app
 
 OPEN_PATHS = frozenset({"/health", "/healthz"})
 """Paths that answer without a key; they must tell nothing but whether the server is well."""
 OPERATE_PREFIXES = ("/admin/",)
 """Paths that need `operate`; all others are open to `chat` too."""
 
+log = structlog.get_logger("loraline.http")
 _STATUSES = {
     grpc.StatusCode.UNAUTHENTICATED: (401, "authentication_error"),
     grpc.StatusCode.PERMISSION_DENIED: (403, "permission_error"),
@@ -53,7 +52,7 @@ class HttpKeyAuth:
         operate_prefixes: tuple[str, ...] = OPERATE_PREFIXES,
         body_key_paths: frozenset[str] = BODY_KEY_PATHS,
     ):
-        self._app = app
+        self._app = traced_app(app)
         self._ring = ring
         self._open_paths = open_paths
         self._operate_prefixes = operate_prefixes
@@ -64,14 +63,19 @@ class HttpKeyAuth:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        call = Call(scope["path"], scope["headers"])
+        begin_call(call)
+        send = _with_id(send, call.request_id)
         try:
             key = _key_of(scope)
             if not key and self._ring is not None and self._takes_key_in_body(scope):
                 key, receive = await read_key(receive)
             principal = self._authenticate(scope, key)
         except LoralineError as error:
+            log.info("call_failed", code=error.code.name, reason=error.reason)
             await _refuse(scope, receive, send, error)
             return
+        call.caller = principal.name if principal is not None and principal is not ANONYMOUS else ""
         scope.setdefault("state", {})["principal"] = principal
         set_principal(principal)
         await self._app(scope, receive, send)
@@ -93,6 +97,15 @@ class HttpKeyAuth:
         if "operate" not in principal.roles and path.startswith(self._operate_prefixes):
             raise role_missing(principal, path)
         return principal
+
+
+def _with_id(send: Send, request_id: str) -> Send:
+    async def answer(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (HEADER.encode(), request_id.encode())]}
+        await send(message)
+
+    return answer
 
 
 def _key_of(scope: Scope) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from loraline.core import tracing
+from loraline.core.call import Call, begin_call
 from loraline.core.errors import LoralineError
 from loraline.core.serving.auth import (
     ANONYMOUS,
@@ -28,6 +30,7 @@ from loraline.core.serving.auth import (
 from loraline.core.serving.calls import Method
 from loraline.core.serving.grpc_metrics import GrpcMetrics
 from loraline.core.serving.statuses import abort
+from loraline.core.serving.traced import traced_method
 
 FOLLOWING_METHODS = frozenset(
     {
@@ -84,10 +87,12 @@ class PlatformInterceptor(grpc.aio.ServerInterceptor):
                 return handler  # grpc answers UNIMPLEMENTED
             wrapped = self._wrapped[method] = self._wrap(handler, method)
         # grpc runs the handler in this same task, so what is set here is seen there.
+        call = Call(method, handler_call_details.invocation_metadata)
+        begin_call(call)
         if self._ring is None:
             set_principal(ANONYMOUS)
             return wrapped
-        error = self._authenticate(method, handler_call_details.invocation_metadata)
+        error = self._authenticate(method, call, handler_call_details.invocation_metadata)
         return wrapped if error is None else self._refusal(wrapped, method, error)
 
     def in_flight(self) -> int:
@@ -100,7 +105,7 @@ class PlatformInterceptor(grpc.aio.ServerInterceptor):
         for task in self._following:
             task.cancel()
 
-    def _authenticate(self, method: str, metadata: Any) -> LoralineError | None:
+    def _authenticate(self, method: str, call: Call, metadata: Any) -> LoralineError | None:
         assert self._ring is not None  # noqa: S101 - for the type checker
         if method.startswith(OPEN_SERVICES):
             set_principal(None)
@@ -110,12 +115,15 @@ class PlatformInterceptor(grpc.aio.ServerInterceptor):
         set_principal(principal)
         if principal is None:
             return unknown_key() if key else missing_key()
+        call.caller = principal.name
         return None if principal.may_call(method) else role_missing(principal, method)
 
     def _wrap(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
         kind = _kind(handler)
         call = Method(self.follow, method, self._metrics.of(_GRPC_TYPES[kind], method), handler)
         wrapper = getattr(call, kind if not handler.response_streaming else f"{kind}_{call.style}")
+        if tracing.on():
+            wrapper = traced_method(wrapper, method)
         return _handler(kind, wrapper, handler.response_serializer)
 
     def _refusal(self, wrapped: Any, method: str, error: LoralineError) -> grpc.RpcMethodHandler:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraline.core import logging as platform_logging
+from loraline.core import tracing
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
 from loraline.core.folder_lock import sole_user
@@ -64,7 +65,8 @@ async def serve(
     try:
         components = [build(opened) for build in builders]
         # Several processes may share a Postgres; a folder with the database in it belongs to one.
-        with sole_user(settings.data_dir, [c.name for c in components] if opened.database.is_sqlite else []):
+        names = [c.name for c in components]
+        with sole_user(settings.data_dir, names if opened.database.is_sqlite else []), tracing.recording(names):
             await PlatformServer(opened, components, first_key).serve(ready, stop or asyncio.Event())
     finally:
         if platform is None:

@@ -14,6 +14,7 @@ import structlog
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from loraline.core.call import HEADER, current_call
 from loraline.core.errors import LoralineError, resource_exhausted, unavailable
 from loraline.core.private_paths import told_to_callers
 
@@ -74,6 +75,10 @@ def fit_status(error: LoralineError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: LoralineError) -> None:
-    """End the call with the error; never returns, as grpc's own abort."""
+    """End the call with the error, and tell the log; never returns, as grpc's own abort."""
     status = rpc_status.to_status(fit_status(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    call, trailing = current_call(), status.trailing_metadata
+    if call is not None:
+        log.info("call_failed", code=error.code.name, reason=error.reason)
+        trailing = (*trailing, (HEADER, call.request_id))
+    await context.abort(status.code, status.details, trailing)
