@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_ADAPTER
+from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client import Loraline
 from loraline.client.cli.existing import describe
@@ -149,7 +150,7 @@ def test_fail_as_a_flag_stops(address: str, pipeline: Path) -> None:
 
 
 def test_a_run_is_described_in_a_line() -> None:
-    run: Any = trainer_pb2.Run(name="mareva", state=5)
+    run: Any = trainer_pb2.Run(name="mareva", state=job_pb2.JOB_STATE_FAILED)
     assert describe(run) == "failed"
     run.adapter.kind, run.adapter.name, run.adapter.version = ARTIFACT_KIND_ADAPTER, "mareva", 2
     assert describe(run) == "failed, adapter/mareva:v2"
