@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export LORALINE_VENV := $(VENV)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev demo test test-fast check lint types imports proto check-proto proto-baseline check-lock check-docs lock bench endurance clean
+.PHONY: help setup setup-dev demo compose test test-fast check lint types imports proto check-proto proto-baseline check-lock check-docs lock sbom release bench endurance clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ setup-dev: ## Install what the tests need into .venv
 
 demo: setup ## Raw text to answers of the tuned model beside the base's: the whole line, for real, in minutes
 	@$(BIN)/python -m loraline.allinone.demo
+
+compose: ## Everything in containers: the stages, MinIO, Postgres, Prometheus, Grafana (docs/deploy-compose.md)
+	@python3 deploy/compose/make_secrets.py
+	@docker compose up -d --build --wait
 
 # A test whose S3 server, Postgres or engine is missing fails instead of being skipped; set it to 0 where one has no wheel.
 export LORALINE_REQUIRE_SERVERS ?= 1
@@ -67,6 +71,12 @@ check-lock: setup-dev ## Compare the pinned requirements with what the packages 
 
 lock: setup-dev ## Write requirements/*.txt anew
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh
+
+sbom: setup-dev ## What Python packages each image holds, as CycloneDX, into dist/sbom
+	@$(BIN)/python tools/sbom.py
+
+release: setup-dev ## Wheels of all packages, checked in a clean environment, and bills of materials, into dist/
+	@$(BIN)/python tools/release.py
 
 bench: setup-dev ## Run one benchmark: make bench NAME=artifacts, or NAME=datagen-peers for benchmarks/datagen/peers.py
 	@test -n "$(NAME)" || { echo "NAME is one of: $$(cd benchmarks; ls -d */ | grep -v results | tr -d /  | xargs) datagen-quality datagen-peers"; exit 2; }
