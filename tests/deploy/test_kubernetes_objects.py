@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 from kubernetes_validate import utils
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,3 +264,42 @@ def test_rules_and_dashboards_are_those_of_the_compose_deployment(rendered: Any)
     assert files == wanted
     # `kubectl apply` writes the object into an annotation, which has 256 KiB.
     assert max(len(json.dumps(board)) for board in boards) < 256 * 1024
+
+
+def test_the_documented_commands_make_the_secrets_that_pods_mount(rendered: Any) -> None:
+    page = (ROOT / "docs/deploy-kubernetes.md").read_text()
+    made: dict[str, set[str]] = {}
+    for name, rest in re.findall(r"create secret generic (\S+) (.*)$", page, re.MULTILINE):
+        made[name] = set(re.findall(r"--from-(?:file|literal)=([^=\s]+)", rest))
+    assert made == SECRETS
+    mounted = {
+        secret
+        for pod in rendered["gpu"].pods().values()
+        for volume in pod["spec"]["volumes"]
+        for secret, _ in secret_sources(volume)
+    }
+    assert mounted == set(SECRETS)
+
+
+def test_the_documented_overlay_of_ones_own_renders(tmp_path: Path) -> None:
+    page = (ROOT / "docs/deploy-kubernetes.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    relative = os.path.relpath(ROOT / "deploy", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(textwrap.dedent(block).replace("../deploy", relative))
+    kubectl = Path(sys.executable).with_name("kubectl")
+    made = subprocess.run([kubectl, "kustomize", tmp_path], capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("image: REGISTRY/loraline/") == 4
+    assert "REGISTRY/loraline/trainer:0.1.0-gpu" in made.stdout
+    settings = next(
+        o for o in yaml.safe_load_all(made.stdout) if o["metadata"]["name"].startswith("inference-settings")
+    )
+    assert settings["data"]["LORALINE_INFERENCE_MODEL"] == "model/mareva@production"
+    assert settings["data"]["LORALINE_STOP_GRACE_SECONDS"] == "120"
+    assert made.stdout.count(settings["metadata"]["name"]) == 2, "the pods use the changed settings"
+
+
+def test_every_overlay_is_documented() -> None:
+    page = (ROOT / "docs/deploy-kubernetes.md").read_text()
+    overlays = {path.parent.name for path in ROOT.glob("deploy/kubernetes/overlays/*/kustomization.yaml")}
+    assert {name for name in overlays if f"| `{name}` |" in page} == overlays
