@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httptools
-import httpx
+import httpx2 as httpx
 import openai
 
 from loraline.datagen.llms.endpoint import Endpoint
