@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from google.protobuf.message import Message
 
@@ -13,8 +12,9 @@ from loraline.api.datagen.v1 import datagen_pb2
 from loraline.api.merger.v1 import merger_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.client.pipeline.document import Node, SpecError, read_yaml
-from loraline.client.pipeline.protofill import as_number, fill, fill_ref, set_field
+from loraline.client.pipeline.protofill import fill, fill_ref, set_field
 from loraline.client.pipeline.reading_serve import read_ask, read_serve
+from loraline.client.pipeline.reading_weights import SHORT, known, read_weights
 from loraline.client.pipeline.spec import BaseModelSpec, DatasetSpec, PipelineSpec, TrainSpec
 from loraline.client.pipeline.training_params import read_training_params
 
@@ -64,6 +64,12 @@ def _check_order(spec: PipelineSpec, entries: dict[str, Node]) -> None:
         entries["serve"].fault("`model: merged` needs a `merge` section.")
     if spec.serve is not None and spec.serve.adapter and not spec.serve.merged and spec.train is None:
         entries["serve"].fault("needs a `train` section, or `adapter: false` to serve the base alone.")
+    if spec.train is not None and spec.train.request.method == trainer_pb2.METHOD_FULL:
+        if spec.merge is not None:
+            entries["merge"].fault("has no adapter to merge: `method: full` trains a model of its own.")
+        if spec.serve is not None and spec.serve.adapter:
+            load = f"`loraline models load model/{spec.name}`"
+            entries["serve"].fault(f"has no adapter to serve: `method: full` trains a model; {load} serves it.")
     if spec.ask is not None and spec.serve is None:
         entries["ask"].fault("needs a `serve` section: something must answer.")
 
@@ -116,16 +122,8 @@ def _read_tiny(node: Node, sources: dict[str, Path]) -> BaseModelSpec:
     if texts_node is not None:
         single = isinstance(texts_node.value, str)
         for child in [texts_node] if single else texts_node.sequence("the name of a source, or a list of them"):
-            texts.append(_known(child, sources, "source"))
+            texts.append(known(child, sources, "source"))
     return BaseModelSpec(tiny=request, tiny_texts=tuple(texts))
-
-
-def _known(node: Node, names: dict[str, Any], what: str) -> str:
-    name = node.text()
-    if name and name not in names:
-        there = f"The {what}s of this file are: {', '.join(names)}." if names else f"This file has no {what}s."
-        node.fault(f"there is no {what} {name!r}. {there}")
-    return name
 
 
 def _read_datasets(node: Node | None, sources: dict[str, Path]) -> dict[str, DatasetSpec]:
@@ -170,7 +168,7 @@ def _fill_convert(message: datagen_pb2.ConvertSource, node: Node, sources: dict[
     source_node = entries.pop("source", None)
     name = ""
     if source_node is not None:
-        name = _known(source_node, sources, "source")
+        name = known(source_node, sources, "source")
         for other in ("artifact", "path"):
             if other in entries:
                 entries[other].fault("cannot stand beside `source`.")
@@ -216,7 +214,7 @@ def _fill_one(message: datagen_pb2.DatasetSource, node: Node, sources: dict[str,
 
 def _fill_texts(message: datagen_pb2.TextSource, node: Node, sources: dict[str, Path]) -> str:
     entries = dict(node.mapping())
-    name = _known(entries.pop("source"), sources, "source")
+    name = known(entries.pop("source"), sources, "source")
     for other in ("artifact", "path", "texts"):
         if other in entries:
             entries[other].fault("cannot stand beside `source`.")
@@ -228,11 +226,12 @@ def _fill_texts(message: datagen_pb2.TextSource, node: Node, sources: dict[str, 
 def _read_train(node: Node, datasets: dict[str, DatasetSpec]) -> TrainSpec:
     entries = dict(node.mapping())
     datasets_node = entries.pop("datasets", None)
+    short = {key: entries.pop(key) for key in SHORT if key in entries}
     parameter_nodes = [entries.pop(key) for key in ("training_params", "parameters") if key in entries]
     request = trainer_pb2.TrainRequest()
     rest = Node(entries, node.line, node.path, node.problems)
     own = _fields(request, _OURS)
-    rest.only([*own, "datasets", "training_params"])
+    rest.only([*own, "datasets", *SHORT, "training_params"])
     fill(
         request, Node({key: child for key, child in entries.items() if key in own}, node.line, node.path, node.problems)
     )
@@ -240,8 +239,8 @@ def _read_train(node: Node, datasets: dict[str, DatasetSpec]) -> TrainSpec:
         request.parameters.CopyFrom(read_training_params(parameter_nodes[0]))
     for extra in parameter_nodes[1:]:
         extra.fault("says the same as `training_params`. Keep one of them.")
-    weights = _read_weights(datasets_node, datasets)
-    if not weights:
+    weights = read_weights(datasets_node, short, datasets)
+    if not weights and not short:
         node.fault("needs `datasets`, names of entries under `datasets` with their weights.")
     return TrainSpec(request, weights)
 
@@ -251,21 +250,6 @@ _OURS = ("request_id", "name", "base_model", "labels", "serving_contract", "para
 
 def _fields(message: Message, without: tuple[str, ...]) -> list[str]:
     return [name for name in message.DESCRIPTOR.fields_by_name if name not in without]
-
-
-def _read_weights(node: Node | None, datasets: dict[str, DatasetSpec]) -> dict[str, float]:
-    if node is None:
-        return dict.fromkeys(datasets, 1.0)
-    if isinstance(node.value, list):
-        return dict.fromkeys((_known(child, datasets, "dataset") for child in node.value), 1.0)
-    weights: dict[str, float] = {}
-    for name, child in node.mapping("a mapping from dataset to weight").items():
-        _known(Node(name, child.line, child.path, child.problems), datasets, "dataset")
-        number = as_number(child.value)
-        if number is None or number <= 0:
-            child.fault("is a weight: a number above 0, such as 1 or 5.")
-        weights[name] = float(number or 1)
-    return weights
 
 
 def _read_merge(node: Node) -> merger_pb2.MergeRequest:
