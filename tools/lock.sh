@@ -40,21 +40,21 @@ mapfile -t cuda < <(grep -oE '^(nvidia|cuda)[a-z0-9-]*' "$out/torch.txt"; echo t
 
 api=./packages/api core=./packages/core client=./packages/client
 # One environment for everything on a CPU: the demo, the tests, a laptop.
-compile all.txt "$api" "$core[s3,postgres,testing]" "$client" ./packages/allinone "./services/datagen[korean]" \
+compile all.txt "$api" "$core[s3,postgres,otel,testing]" "$client[otel]" ./packages/allinone "./services/datagen[korean]" \
   "./services/trainer[engine,quantization]" "./services/merger[engine,export,quantization]" "./services/inference[cpu,transformers]"
 # The tools, at versions that live with all.txt.
 compile dev.txt "-r dev.in" -- -c "$out/all.txt"
 # What sets the environments up: the installer, and what builds our own packages.
 compile build.txt uv hatchling editables
 # One file per image.
-compile datagen.txt "$api" "$core[s3,postgres]" "./services/datagen[korean,parquet]"
-compile trainer.txt "$api" "$core[s3,postgres]" "./services/trainer[engine,quantization]"
-compile merger.txt "$api" "$core[s3,postgres]" "./services/merger[engine,export,quantization]"
-compile inference-cpu.txt "$api" "$core[s3,postgres]" "./services/inference[cpu]"
-compile client.txt "$api" "$client"
+compile datagen.txt "$api" "$core[s3,postgres,otel]" "./services/datagen[korean,parquet]"
+compile trainer.txt "$api" "$core[s3,postgres,otel]" "./services/trainer[engine,quantization]"
+compile merger.txt "$api" "$core[s3,postgres,otel]" "./services/merger[engine,export,quantization]"
+compile inference-cpu.txt "$api" "$core[s3,postgres,otel]" "./services/inference[cpu]"
+compile client.txt "$api" "$client[otel]"
 # On GPUs vLLM brings torch and CUDA itself, so this file names them.
 cuda=()
-compile inference-gpu.txt "$api" "$core[s3,postgres]" "./services/inference[gpu]"
+compile inference-gpu.txt "$api" "$core[s3,postgres,otel]" "./services/inference[gpu]"
 
 if [[ $out != requirements ]]; then
   if diff -rq requirements "$out"; then echo "requirements/ is what the pyproject.toml files ask for"; else
