@@ -65,6 +65,11 @@ check-docs: setup-dev ## Compare generated pages with a fresh run
 	@fresh=$$(mktemp); $(BIN)/python -m loraline.core.diagnostics.page "$$fresh"; \
 	  diff -q docs/troubleshooting.md "$$fresh" >/dev/null || { echo "docs/troubleshooting.md is stale; run: $(BIN)/python -m loraline.core.diagnostics.page docs/troubleshooting.md"; exit 1; }; \
 	  rm "$$fresh"; echo "docs/troubleshooting.md matches the diagnostics entries"
+	@fresh=$$(mktemp -d); $(BIN)/python tools/monitoring/catalogue.py "$$fresh/metrics.md" >/dev/null; \
+	  diff -q docs/metrics.md "$$fresh/metrics.md" >/dev/null || { echo "docs/metrics.md is stale; run: $(BIN)/python tools/monitoring/catalogue.py docs/metrics.md"; exit 1; }; \
+	  $(BIN)/python -W ignore tools/monitoring/dashboards.py "$$fresh"; \
+	  for made in "$$fresh"/*.json; do diff -q "$$made" "deploy/grafana/dashboards/$${made##*/}" >/dev/null || { echo "deploy/grafana/dashboards is stale; run: $(BIN)/python tools/monitoring/dashboards.py"; exit 1; }; done; \
+	  rm -r "$$fresh"; echo "docs/metrics.md and deploy/grafana/dashboards match the code"
 
 check-lock: setup-dev ## Compare the pinned requirements with what the packages ask for
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh --check
