@@ -92,6 +92,14 @@ LINE = (
 )
 
 
+def test_pythons_warnings_are_lines_too() -> None:
+    code = "import warnings; from loraline.core.logging import configure; configure(); warnings.warn('api_key=sk-1234567')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    line = json.loads(done.stderr)
+    assert (line["level"], line["logger"]) == ("warning", "py.warnings")
+    assert "api_key=***" in line["event"]
+
+
 def test_json_in_a_pipe_and_pretty_on_a_terminal() -> None:
     piped = subprocess.run([sys.executable, "-c", LINE], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(piped.stderr)["job"] == "j-1"

@@ -97,6 +97,7 @@ def configure(log_format: Literal["auto", "json", "pretty"] = "auto", level: str
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(getattr(logging, level.upper(), logging.INFO))
+    logging.captureWarnings(True)  # Python's warnings are lines like all others
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
