@@ -7,6 +7,8 @@ import math
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ from google.protobuf import json_format
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError
+from loraline.trainer import diagnosis
 from loraline.trainer.diagnosis.advice import config_patch
 from loraline.trainer.diagnosis.bands import accuracy_band, loss_band
 from loraline.trainer.diagnosis.history import History, Point, from_trainer_state
 from loraline.trainer.diagnosis.judging import judge
-from loraline.trainer.diagnosis.signs import Facts
+from loraline.trainer.diagnosis.page import as_pipeline
+from loraline.trainer.diagnosis.sign import PHASES, Facts
 from loraline.trainer.diagnosis.subject import Subject, diagnose, from_file
 from loraline.trainer.spec import resolve, training_spec
 
@@ -182,6 +186,81 @@ def test_the_page_stands_alone(name: str) -> None:
     assert "nan" not in re.findall(r'points="([^"]*)"', answer.html).__str__()
     assert len(answer.loss_curve) == STEPS
     assert {reason.code for reason in answer.reasons} >= {"NO_EVALUATION"} or history.evaluations
+
+
+def test_a_run_that_ended_in_nan_is_told_one_thing_only() -> None:
+    """No figure is made of a loss that is none, and no second advice contradicts the first."""
+    judgement = judge(SHAPES["not a number"][0])
+    failed = [sign for sign in judgement.signs if not sign.passed]
+    assert {sign.code for sign in failed} == {"LOSS_NOT_FINITE", "NO_EVALUATION"}
+    assert not any("nan" in sign.message for sign in judgement.signs)
+    # The chart goes on to the last step, though there is nothing to draw there.
+    answer = diagnose(Subject("x", SHAPES["not a number"][0], Facts(), resolve(pb.TrainRequest()).parameters))
+    assert f">{STEPS}</text>" in answer.html
+
+
+def test_gradients_that_leap_are_told() -> None:
+    calm = SHAPES["settles low"][0]
+    points = [replace(point, grad_norm=40.0) if point.step in (90, 150) else point for point in calm.points]
+    found = {sign.code: sign for sign in judge(replace(calm, points=tuple(points))).signs}
+    assert "at 2 steps" in found["GRADIENT_SPIKES"].message and "40" in found["GRADIENT_SPIKES"].message
+    assert "GRADIENT_SPIKES" not in {sign.code for sign in judge(calm).signs}
+
+
+def test_a_loss_that_settled_too_high_wants_room_and_then_a_larger_base() -> None:
+    high = curve(falling(0.8, pace=30.0), evaluation=falling(0.8, pace=30.0))
+    judgement = judge(high, Facts(rank=16))
+    said = next(sign for sign in judgement.signs if sign.code == "FINAL_LOSS")
+    assert "lora.r (16 now), then take a larger base" in said.remedy
+    patch = config_patch(judgement, high, resolve(pb.TrainRequest()).parameters)
+    assert patch["lora"] == {"r": 32, "alpha": 64.0}
+
+
+SAMPLES = [
+    pb.SampleAnswers(
+        prompt="누구세요?", origin="on_topic", step=9, base="tide <b>", adapter="Aye 潮声 🙂", reference="Aye"
+    ),
+    pb.SampleAnswers(prompt="Who?", origin="asked", step=9, base="the the", adapter="the the"),
+]
+
+
+def test_checklists_before_during_and_after_with_answers_side_by_side() -> None:
+    facts = Facts(rows=800, rows_teaching_eos=800, rows_cut=2, samples=SAMPLES, probe_shift=2.5, rank=16)
+    answer = diagnose(Subject("Run x", SHAPES["settles low"][0], facts, resolve(pb.TrainRequest()).parameters))
+    phases = {reason.code: reason.phase for reason in answer.reasons}
+    assert phases["ROWS_CUT"] == phases["EOS_TAUGHT"] == phases["ROWS"] == pb.RUN_PHASE_BEFORE
+    assert phases["STEADY"] == pb.RUN_PHASE_DURING
+    assert phases["FINAL_LOSS"] == phases["PROBES_MOVED"] == phases["ANSWERS_CHANGED"] == pb.RUN_PHASE_AFTER
+    assert [reason.code for reason in answer.reasons if not reason.passed] == ["ROWS_CUT"]
+    assert list(answer.samples) == SAMPLES
+    for words in (
+        "Before: data",
+        "During: the course",
+        "After: what came out",
+        "누구세요?",
+        "tide &lt;b&gt;",
+        "Aye 潮声 🙂",
+    ):
+        assert words in answer.html
+
+
+def test_an_adapter_that_changed_nothing_gave_no_signal() -> None:
+    good = SHAPES["settles low"][0]
+    same = [pb.SampleAnswers(prompt="Who?", base="the the", adapter="the the")]
+    judgement = judge(good, Facts(samples=same, probe_shift=0.001))
+    assert judgement.verdict == pb.VERDICT_NO_SIGNAL
+    assert {"ANSWERS_UNCHANGED", "PROBES_UNMOVED"} <= {sign.code for sign in judgement.signs if not sign.passed}
+
+
+def test_every_sign_is_on_a_checklist() -> None:
+    source = "".join((Path(diagnosis.__file__).parent / name).read_text() for name in ("signs.py", "run_signs.py"))
+    codes = set(re.findall(r'Sign\(\s*"([A-Z_]+)"', source))
+    assert codes == set(PHASES)
+
+
+def test_the_patch_is_shown_as_a_pipeline_file_says_it() -> None:
+    shown = as_pipeline({"epochs": 4.0, "lora": {"r": 32, "alpha": 64.0}})
+    assert shown == "train:\n  training_params:\n    epochs: 4\n    lora_r: 32\n    lora_alpha: 64"
 
 
 def test_advice_does_not_contradict_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 def tell_loss(output: Output, curve: Sequence[trainer_pb2.LossPoint]) -> None:
     """Write the loss by step, in nats per token."""
-    points = [(point.step, point.loss) for point in curve if point.loss > 0]
+    points = [(point.step, point.loss) for point in curve if point.loss > 0 and math.isfinite(point.loss)]
     if not points:
         return
     output.say("")

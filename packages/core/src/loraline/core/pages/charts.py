@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 26, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 26, 34
 _COLOURS = ("--a", "--b", "--c", "--d")
 
 
@@ -26,7 +26,9 @@ def line_chart(lines: Sequence[Line], *, x_label: str, title: str) -> str:
     finite = [(x, y) for line in lines for x, y in line.points if math.isfinite(x) and math.isfinite(y)]
     if not finite:
         return ""
-    x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
+    # Where the values are not finite the axis goes on: a run that diverged half-way shows how far it went.
+    across_all = [x for line in lines for x, _ in line.points if math.isfinite(x)]
+    x_low, x_high = min(across_all), max(across_all)
     y_ticks = ticks(min(0.0, *(y for _, y in finite)), max(y for _, y in finite))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 

@@ -21,6 +21,7 @@ code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;overflow-x:auto}
 svg.lines{display:block;width:100%;height:auto}svg.lines text{fill:var(--soft);font:12px system-ui,sans-serif}
 svg.lines .grid{stroke:var(--line)}svg.lines polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+svg.lines{overflow:visible}@media(max-width:40rem){svg.lines text{font-size:18px}}
 """
 
 

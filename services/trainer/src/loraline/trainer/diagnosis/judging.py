@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
-from loraline.trainer.diagnosis import signs
+from loraline.trainer.diagnosis import run_signs, signs
 from loraline.trainer.diagnosis.history import History
-from loraline.trainer.diagnosis.signs import Facts, Sign
+from loraline.trainer.diagnosis.sign import Facts, Sign
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,19 @@ _LOOKS: tuple[Callable[[History, Facts], Sign | None], ...] = (
     signs.rising,
     signs.nothing_to_learn,
     signs.flat,
-    signs.end_not_taught,
+    run_signs.end_not_taught,
     signs.overfit,
     signs.loss_level,
     signs.accuracy_level,
     signs.still_falling,
     signs.unsteady,
     signs.started_anew,
-    signs.few_rows,
+    signs.spikes,
+    run_signs.few_rows,
+    run_signs.length_losses,
     signs.evaluation,
+    run_signs.answers,
+    run_signs.probes,
 )
 # The first verdict of these that a failed sign gives is the run's.
 _ORDER = (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
@@ -11,7 +10,7 @@ from loraline.core.pages.charts import Line, line_chart
 from loraline.core.pages.frame import page, section
 from loraline.trainer.diagnosis.history import History, Point
 from loraline.trainer.diagnosis.judging import Judgement
-from loraline.trainer.diagnosis.signs import Sign
+from loraline.trainer.diagnosis.sign import Sign
 
 _WORDS = {
     pb.VERDICT_GOOD: ("good", "The run did what it should."),
@@ -24,20 +23,78 @@ _WORDS = {
 }
 
 
-def html_page(title: str, judgement: Judgement, history: History, patch: Mapping[str, object]) -> str:
+_PHASES = (
+    (pb.RUN_PHASE_BEFORE, "Before: data and settings"),
+    (pb.RUN_PHASE_DURING, "During: the course of the loss"),
+    (pb.RUN_PHASE_AFTER, "After: what came out"),
+)
+_STYLE = """
+.verdict{font-size:1.15rem}.verdict .mark{text-transform:uppercase;letter-spacing:.03em;margin-right:.6rem}
+.checks{list-style:none;margin:0;padding:0}.checks li{display:grid;grid-template-columns:4.5rem 1fr;gap:0 .5rem;
+padding:.45rem 1rem;border-top:1px solid var(--line)}
+.checks li:first-child{border-top:0}.checks p{margin:0;grid-column:2}
+.checks code{font-size:.72rem;color:var(--soft);margin-left:.25rem}
+table{border-collapse:collapse;width:100%;table-layout:fixed}
+th,td{text-align:left;vertical-align:top;padding:.45rem .5rem;
+border-top:1px solid var(--line);overflow-wrap:anywhere;white-space:pre-wrap}th{color:var(--soft);font-weight:500}
+@media(max-width:40rem){table,tbody,tr,td{display:block}thead{display:none}td{border:0;padding:.15rem 0}
+tr{border-top:1px solid var(--line);padding:.5rem 0;display:block}
+td::before{content:attr(data-of) ": ";color:var(--soft)}}
+"""
+
+
+def html_page(
+    title: str,
+    judgement: Judgement,
+    history: History,
+    patch: Mapping[str, object],
+    samples: Sequence[pb.SampleAnswers] = (),
+) -> str:
     """Return the page."""
     name = pb.Verdict.Name(judgement.verdict).removeprefix("VERDICT_").replace("_", " ").lower()
     mark, words = _WORDS[judgement.verdict]
-    parts = [f'<div class="card"><p><span class="mark {mark}">{escape(name)}</span> — {escape(words)}</p></div>']
-    parts.append(section("Loss, in nats per token", _losses(history)))
-    parts.append(section("What was seen", "".join(_shown(sign) for sign in judgement.signs)))
-    if patch:
-        settings = json.dumps(patch, indent=2, ensure_ascii=False)
-        parts.append(section("Run next with", f"<pre>{escape(settings)}</pre>"))
-    parts.extend(_others(history))
     steps = history.points[-1].step
     subtitle = f"{steps} steps" + (f", {history.epochs:.1f} epochs" if history.epochs else "")
-    return page(title, [f'<p class="soft">{escape(subtitle)}</p>', *parts])
+    parts = [
+        f'<p class="soft">{escape(subtitle)}</p>',
+        f'<div class="card verdict"><span class="mark {mark}">{escape(name)}</span>{escape(words)}</div>',
+        section("Loss, in nats per token", _losses(history)),
+    ]
+    for phase, heading in _PHASES:
+        rows = "".join(_shown(sign) for sign in judgement.signs if sign.phase == phase)
+        if rows:
+            parts.append(section(heading, f'<ul class="card checks">{rows}</ul>'))
+    if patch:
+        parts.append(section("Run next with", f"<pre>{escape(as_pipeline(patch))}</pre>"))
+    if samples:
+        parts.append(section("What base and adapter answer", _answers(samples)))
+    parts.extend(_others(history))
+    return page(title, parts, style=_STYLE)
+
+
+def as_pipeline(patch: Mapping[str, object]) -> str:
+    """Return settings as a pipeline file writes them: LoRA's own with the prefix lora_."""
+    flat: dict[str, object] = {}
+    for name, value in patch.items():
+        if name == "lora" and isinstance(value, Mapping):
+            flat |= {f"lora_{inner}": setting for inner, setting in value.items()}
+        else:
+            flat[name] = value
+    lines = [
+        f"    {name}: {value:g}" if isinstance(value, float) else f"    {name}: {value}" for name, value in flat.items()
+    ]
+    return "\n".join(["train:", "  training_params:", *lines])
+
+
+def _answers(samples: Sequence[pb.SampleAnswers]) -> str:
+    rows = []
+    for sample in samples:
+        asked = f"{sample.prompt} ({sample.origin.replace('_', ' ')})"
+        cells = (("asked", asked), ("base", sample.base), ("adapter", sample.adapter), ("row", sample.reference))
+        shown = "".join(f'<td data-of="{of}">{escape(text) or "—"}</td>' for of, text in cells)
+        rows.append(f"<tr>{shown}</tr>")
+    head = "<thead><tr><th>asked</th><th>base</th><th>adapter</th><th>row</th></tr></thead>"
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
 
 def _losses(history: History) -> str:
@@ -57,18 +114,19 @@ def _others(history: History) -> list[str]:
     norms = [(point.step, point.grad_norm) for point in history.points if point.grad_norm]
     wanted = (("Token accuracy", accuracy), ("Learning rate", rates), ("Gradient norm before clipping", norms))
     return [
-        section(heading, line_chart([Line(heading, points)], x_label="step", title=heading))
+        section(heading, line_chart([Line(heading.lower(), points)], x_label="step", title=heading))
         for heading, points in wanted
         if len(points) > 1
     ]
 
 
 def _running_mean(points: tuple[Point, ...]) -> list[tuple[int, float]]:
-    """Return an exponential mean with weight 0.1 for the newest value: single batches jump too much to be read."""
-    mean, smooth = points[0].loss, []
-    for point in points:
-        mean = 0.9 * mean + 0.1 * point.loss
-        smooth.append((point.step, mean))
+    """Return the mean over a twentieth of the run around each step: single batches jump too much to be read."""
+    reach = max(1, len(points) // 40)
+    smooth = []
+    for number, point in enumerate(points):
+        around = [other.loss for other in points[max(0, number - reach) : number + reach + 1]]
+        smooth.append((point.step, sum(around) / len(around)))
     return smooth
 
 
@@ -76,6 +134,6 @@ def _shown(sign: Sign) -> str:
     mark, word = ("good", "passed") if sign.passed else ("error", "failed") if sign.grave else ("warning", "look")
     remedy = f'<p class="soft">{escape(sign.remedy)}</p>' if sign.remedy else ""
     return (
-        f'<div class="card"><p><span class="mark {mark}">{word}</span> {escape(sign.message)} '
-        f'<span class="soft">{escape(sign.code)}</span></p>{remedy}</div>'
+        f'<li><span class="mark {mark}">{word}</span><p>{escape(sign.message)} <code>{escape(sign.code)}</code></p>'
+        f"{remedy}</li>"
     )

@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.trainer.diagnosis.bands import accuracy_band, loss_band
 from loraline.trainer.diagnosis.history import History, mean_accuracy, mean_loss, smoothed
+from loraline.trainer.diagnosis.sign import Facts, Sign
 
 _ENOUGH_POINTS = 10
 """Fewer logged steps than this show no trend."""
 _RISE = 1.1
 """A loss that ends a tenth above its lowest stretch, or an evaluation loss 5 % above its lowest, has turned."""
 _EVALUATION_RISE = 1.05
-_ADVISED_ROWS = 500
 _MORE_DATA = "The evaluation loss has turned, so that more steps only teach these rows by heart: add rows first."
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a run besides its curve; 0 or None where it is not."""
-
-    rows: int = 0
-    rows_teaching_eos: int | None = None
-    trained_tokens: int | None = None
-    earlier: Sequence[History] = ()
-    """Runs of the same name before this one, newest first."""
-    resumed_from: str = ""
-
-
-@dataclass(frozen=True)
-class Sign:
-    """One observation."""
-
-    code: str
-    passed: bool
-    message: str
-    remedy: str = ""
-    verdict: pb.Verdict.ValueType = pb.VERDICT_UNSPECIFIED
-    """The verdict that it speaks for when it did not pass; UNSPECIFIED for a remark."""
-    grave: bool = False
 
 
 def not_a_number(history: History, facts: Facts) -> Sign | None:
@@ -61,6 +34,8 @@ def rising(history: History, facts: Facts) -> Sign | None:
         return None
     bins = smoothed(history.points)
     lowest, last = min(bins), mean_loss(history.tail)
+    if not math.isfinite(last):
+        return None
     # A converged run hovers; near zero a tenth is nothing, so that the rise must count in nats too.
     if last <= lowest * _RISE or last - lowest < 0.1 or last < bins[0] * 0.5:
         return None
@@ -88,24 +63,13 @@ def flat(history: History, facts: Facts) -> Sign | None:
     if not _has_trend(history):
         return None
     first, last = mean_loss(history.head), mean_loss(history.tail)
-    if first < 0.3 or abs(first - last) > 0.02 * first:
+    if not math.isfinite(last) or first < 0.3 or abs(first - last) > 0.02 * first:
         return None
     message = f"The loss does not move: {first:.3f} at the start, {last:.3f} at the end."
     if all(point.grad_norm == 0 for point in history.points) and any(point.learning_rate for point in history.points):
         message += " The gradient is zero throughout: no weight is trained."
     remedy = "Raise learning_rate tenfold, check that target_modules names layers of this base."
     return Sign("LOSS_FLAT", False, message, remedy, pb.VERDICT_NO_SIGNAL, grave=True)
-
-
-def end_not_taught(history: History, facts: Facts) -> Sign | None:
-    """No row teaches the end of an answer."""
-    if facts.rows_teaching_eos is None or not facts.rows:
-        return None
-    if facts.rows_teaching_eos == 0:
-        text = "No row teaches the end-of-sequence token: the model will not stop."
-        remedy = "Take a chat template that ends assistant turns, or raise max_length so that ends are not cut off."
-        return Sign("EOS_NEVER_TAUGHT", False, text, remedy, pb.VERDICT_DATA_BUG, grave=True)
-    return Sign("EOS_TAUGHT", True, f"{facts.rows_teaching_eos} of {facts.rows} rows teach the end of an answer.")
 
 
 def overfit(history: History, facts: Facts) -> Sign | None:
@@ -154,6 +118,10 @@ def loss_level(history: History, facts: Facts) -> Sign | None:
         return Sign("FINAL_LOSS", True, message)
     verdict = pb.VERDICT_FAIR if band == "fair" else pb.VERDICT_UNDERTRAINED
     remedy = "Go on training until it is between 0.1 and 0.3; continue the run instead of starting anew."
+    settled = still_falling(history, facts)
+    if settled is not None and settled.passed:
+        remedy = "It has settled there: raise lora.r"
+        remedy += f" ({facts.rank} now), then take a larger base." if facts.rank else ", then take a larger base."
     remedy = _MORE_DATA if overfit(history, facts) else remedy
     return Sign("FINAL_LOSS", False, message, remedy, verdict)
 
@@ -188,7 +156,7 @@ def still_falling(history: History, facts: Facts) -> Sign | None:
 
 
 def unsteady(history: History, facts: Facts) -> Sign | None:
-    """The loss jumps about at the end, or the gradient norm has spikes."""
+    """The loss jumps about at the end."""
     if not _has_trend(history):
         return None
     tail = [point.loss for point in history.points[-max(5, len(history.points) // 5) :]]
@@ -221,12 +189,21 @@ def started_anew(history: History, facts: Facts) -> Sign | None:
     return None
 
 
-def few_rows(history: History, facts: Facts) -> Sign | None:
-    """Too little data."""
-    if not facts.rows or facts.rows >= _ADVISED_ROWS:
+def spikes(history: History, facts: Facts) -> Sign | None:
+    """The gradient norm leaps far above its usual size: single batches throw the run about."""
+    norms = [point.grad_norm for point in history.points if point.grad_norm > 0 and math.isfinite(point.grad_norm)]
+    if len(norms) < _ENOUGH_POINTS:
         return None
-    text = f"There are {facts.rows} rows; {_ADVISED_ROWS} to 1000 or more make a character that answers to the point."
-    return Sign("FEW_ROWS", False, text, "Add rows (loraline run with a generate stage), varied in prompts.")
+    usual = statistics.median(norms)
+    # The first steps after a fresh start are steep as a rule.
+    late = norms[len(norms) // 10 :]
+    leaps = sum(norm > 10 * usual for norm in late)
+    if not leaps:
+        return None
+    message = (
+        f"The gradient norm leaps above ten times its median ({usual:.2g}) at {leaps} steps; greatest {max(late):.2g}."
+    )
+    return Sign("GRADIENT_SPIKES", False, message, "Set max_grad_norm 0.3, raise grad_accum, or look at long rows.")
 
 
 def _restart_within(history: History) -> int | None:

@@ -10,7 +10,7 @@ from google.protobuf import json_format, struct_pb2
 
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
-from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.errors import LoralineError, failed_precondition, unsupported
 from loraline.trainer import checkpoints
 from loraline.trainer.continuing import checkpoints_folder
 from loraline.trainer.diagnosis.advice import config_patch
@@ -40,7 +40,8 @@ def diagnose(subject: Subject) -> pb.DiagnoseResponse:
         verdict=judgement.verdict,
         reasons=[_reason(sign) for sign in judgement.signs],
         loss_curve=to_curve(subject.history),
-        html=html_page(subject.title, judgement, subject.history, patch),
+        html=html_page(subject.title, judgement, subject.history, patch, subject.facts.samples),
+        samples=subject.facts.samples,
     )
     if patch:
         answer.config_patch.CopyFrom(json_format.ParseDict(patch, struct_pb2.Struct()))
@@ -55,7 +56,8 @@ def from_file(content: bytes) -> Subject:
 def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject:
     """Return a run of this platform from its jobs, newest first.
 
-    Raises FAILED_PRECONDITION (RUN_WITHOUT_HISTORY) while none of them has logged a step that is kept.
+    Raises FAILED_PRECONDITION (RUN_WITHOUT_HISTORY) while none of them has logged a step that is kept; UNIMPLEMENTED
+    (NOT_SUPPORTED) for preference pairs, whose loss has other bands.
     """
     known = [(job, history) for job in jobs if (history := _history(job, data_dir)) is not None]
     if not known:
@@ -67,6 +69,9 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
     job, history = known[0]
     request, result = pb.TrainRequest(), pb.TrainResult()
     job.spec.Unpack(request)
+    if request.objective == pb.OBJECTIVE_DPO:
+        remedy = "Read reward_accuracy and reward_margin in its progress and result: their growth is what it learns by."
+        raise unsupported("Judging a run of OBJECTIVE_DPO by its loss", remedy)
     facts = Facts(earlier=[other for _, other in known[1:]])
     if job.result.Unpack(result):
         receipt = result.receipt
@@ -76,6 +81,10 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
             trained_tokens=receipt.trained_tokens,
             earlier=facts.earlier,
             resumed_from=result.resumed_from,
+            rows_cut=receipt.truncated_rows + receipt.dropped_rows,
+            samples=list(result.samples),
+            probe_shift=result.probes.max_abs_logprob_shift if result.probes.probes else None,
+            rank=request.parameters.lora.r,
         )
     return Subject(f"Run {name}", history, facts, resolve(request).parameters)
 
@@ -104,4 +113,5 @@ def _reason(sign: Sign) -> pb.PlanCheck:
         passed=sign.passed,
         message=sign.message,
         remedy=sign.remedy,
+        phase=sign.phase,
     )

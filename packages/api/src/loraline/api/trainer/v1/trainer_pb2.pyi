@@ -36,7 +36,7 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_DORA: _Method.ValueType  # 2
     """LoRA with weights split into magnitude and direction."""
     METHOD_FULL: _Method.ValueType  # 3
-    """All weights; for small models."""
+    """All weights, which become a model of its own; for small models."""
 
 class Method(_Method, metaclass=_MethodEnumTypeWrapper):
     """How the weights are changed."""
@@ -48,7 +48,7 @@ METHOD_LORA: Method.ValueType  # 1
 METHOD_DORA: Method.ValueType  # 2
 """LoRA with weights split into magnitude and direction."""
 METHOD_FULL: Method.ValueType  # 3
-"""All weights; for small models."""
+"""All weights, which become a model of its own; for small models."""
 Global___Method: _TypeAlias = Method  # noqa: Y015
 
 class _Objective:
@@ -62,7 +62,7 @@ class _ObjectiveEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Objective.V
     OBJECTIVE_SFT: _Objective.ValueType  # 1
     """Supervised fine-tuning with the loss on responses only."""
     OBJECTIVE_DPO: _Objective.ValueType  # 2
-    """Direct preference optimisation on chosen/rejected pairs."""
+    """Direct preference optimisation: every row has a `prompt`, a `chosen` and a `rejected` answer to it."""
 
 class Objective(_Objective, metaclass=_ObjectiveEnumTypeWrapper):
     """What is optimised."""
@@ -72,7 +72,7 @@ OBJECTIVE_UNSPECIFIED: Objective.ValueType  # 0
 OBJECTIVE_SFT: Objective.ValueType  # 1
 """Supervised fine-tuning with the loss on responses only."""
 OBJECTIVE_DPO: Objective.ValueType  # 2
-"""Direct preference optimisation on chosen/rejected pairs."""
+"""Direct preference optimisation: every row has a `prompt`, a `chosen` and a `rejected` answer to it."""
 Global___Objective: _TypeAlias = Objective  # noqa: Y015
 
 class _Quantization:
@@ -186,7 +186,7 @@ class _LauncherEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Launcher.Val
     LAUNCHER_PROCESS: _Launcher.ValueType  # 1
     """One process."""
     LAUNCHER_TORCHRUN: _Launcher.ValueType  # 2
-    """torchrun over all GPUs of the node."""
+    """torchrun over all GPUs of the node; LORALINE_TRAINER_RANKS sets another number of processes."""
     LAUNCHER_RAY: _Launcher.ValueType  # 3
     """Ray Train on an existing cluster."""
 
@@ -198,10 +198,38 @@ LAUNCHER_UNSPECIFIED: Launcher.ValueType  # 0
 LAUNCHER_PROCESS: Launcher.ValueType  # 1
 """One process."""
 LAUNCHER_TORCHRUN: Launcher.ValueType  # 2
-"""torchrun over all GPUs of the node."""
+"""torchrun over all GPUs of the node; LORALINE_TRAINER_RANKS sets another number of processes."""
 LAUNCHER_RAY: Launcher.ValueType  # 3
 """Ray Train on an existing cluster."""
 Global___Launcher: _TypeAlias = Launcher  # noqa: Y015
+
+class _RunPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RunPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUN_PHASE_UNSPECIFIED: _RunPhase.ValueType  # 0
+    """Not set."""
+    RUN_PHASE_BEFORE: _RunPhase.ValueType  # 1
+    """Before the first step: data, settings, machine, serving."""
+    RUN_PHASE_DURING: _RunPhase.ValueType  # 2
+    """While it trains: the course of the loss."""
+    RUN_PHASE_AFTER: _RunPhase.ValueType  # 3
+    """At its end: what came out."""
+
+class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper):
+    """When in a run's life something is checked."""
+
+RUN_PHASE_UNSPECIFIED: RunPhase.ValueType  # 0
+"""Not set."""
+RUN_PHASE_BEFORE: RunPhase.ValueType  # 1
+"""Before the first step: data, settings, machine, serving."""
+RUN_PHASE_DURING: RunPhase.ValueType  # 2
+"""While it trains: the course of the loss."""
+RUN_PHASE_AFTER: RunPhase.ValueType  # 3
+"""At its end: what came out."""
+Global___RunPhase: _TypeAlias = RunPhase  # noqa: Y015
 
 class _Verdict:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -394,12 +422,13 @@ class TrainingParameters(_message.Message):
     MAX_TRUNCATED_SHARE_FIELD_NUMBER: _builtins.int
     ALLOW_UNLEARNED_EOS_FIELD_NUMBER: _builtins.int
     REPORT_TO_FIELD_NUMBER: _builtins.int
+    DPO_BETA_FIELD_NUMBER: _builtins.int
     epochs: _builtins.float
     """Passes over the data; 0 means 3."""
     max_steps: _builtins.int
     """Optimizer steps instead of epochs; 0 means use epochs."""
     learning_rate: _builtins.float
-    """Peak learning rate; 0 means 2e-4."""
+    """Peak learning rate; 0 means 2e-4, or 2e-5 for METHOD_FULL and for OBJECTIVE_DPO."""
     batch_size: _builtins.int
     """Rows per device and step; 0 means 4."""
     grad_accum: _builtins.int
@@ -427,7 +456,9 @@ class TrainingParameters(_message.Message):
     gradient_checkpointing: _builtins.bool
     """Recompute activations to save memory; unset means off."""
     packing: _builtins.bool
-    """Several rows in one sequence without attention between them; unset means off."""
+    """Several rows in one sequence of at most max_length tokens, without attention between them; batch_size then counts
+    sequences. Unset means off; not with OBJECTIVE_DPO.
+    """
     save_steps: _builtins.int
     """Optimizer steps between checkpoints; 0 means about ten a run."""
     keep_checkpoints: _builtins.int
@@ -440,13 +471,15 @@ class TrainingParameters(_message.Message):
     """Share of rows beyond max_length that is accepted under TRUNCATE; 0 means 0.1."""
     allow_unlearned_eos: _builtins.bool
     """Start although no row teaches the end-of-sequence token."""
+    dpo_beta: _builtins.float
+    """How far DPO may move from the start: the smaller, the further; 0 means 0.1. With OBJECTIVE_DPO only."""
     @_builtins.property
     def lora(self) -> Global___LoraParameters:
         """LoRA's own settings."""
 
     @_builtins.property
     def report_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where transformers reports to: tensorboard, trackio, mlflow, wandb."""
+        """Where transformers reports to: tensorboard, trackio, mlflow, wandb. FAILED_PRECONDITION where the library is missing."""
 
     def __init__(
         self,
@@ -476,10 +509,11 @@ class TrainingParameters(_message.Message):
         max_truncated_share: _builtins.float = ...,
         allow_unlearned_eos: _builtins.bool = ...,
         report_to: _abc.Iterable[_builtins.str] | None = ...,
+        dpo_beta: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "_packing", b"_packing", "_warmup_ratio", b"_warmup_ratio", "gradient_checkpointing", b"gradient_checkpointing", "lora", b"lora", "packing", b"packing", "warmup_ratio", b"warmup_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "_packing", b"_packing", "_warmup_ratio", b"_warmup_ratio", "allow_unlearned_eos", b"allow_unlearned_eos", "batch_size", b"batch_size", "dtype", b"dtype", "early_stopping_patience", b"early_stopping_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "grad_accum", b"grad_accum", "gradient_checkpointing", b"gradient_checkpointing", "keep_checkpoints", b"keep_checkpoints", "learning_rate", b"learning_rate", "length_policy", b"length_policy", "lora", b"lora", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "max_truncated_share", b"max_truncated_share", "neftune_alpha", b"neftune_alpha", "packing", b"packing", "quantization", b"quantization", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "_packing", b"_packing", "_warmup_ratio", b"_warmup_ratio", "allow_unlearned_eos", b"allow_unlearned_eos", "batch_size", b"batch_size", "dpo_beta", b"dpo_beta", "dtype", b"dtype", "early_stopping_patience", b"early_stopping_patience", "epochs", b"epochs", "eval_steps", b"eval_steps", "grad_accum", b"grad_accum", "gradient_checkpointing", b"gradient_checkpointing", "keep_checkpoints", b"keep_checkpoints", "learning_rate", b"learning_rate", "length_policy", b"length_policy", "lora", b"lora", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "max_truncated_share", b"max_truncated_share", "neftune_alpha", b"neftune_alpha", "packing", b"packing", "quantization", b"quantization", "report_to", b"report_to", "save_steps", b"save_steps", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
@@ -791,6 +825,38 @@ class ProbeSummary(_message.Message):
 Global___ProbeSummary: _TypeAlias = ProbeSummary  # noqa: Y015
 
 @_typing.final
+class PreferenceSummary(_message.Message):
+    """What preference training came to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REJECTED_RECEIPT_FIELD_NUMBER: _builtins.int
+    REWARD_ACCURACY_FIELD_NUMBER: _builtins.int
+    REWARD_MARGIN_FIELD_NUMBER: _builtins.int
+    reward_accuracy: _builtins.float
+    """Share of pairs whose chosen answer has the greater reward, over the last tenth of the steps, 0 to 1."""
+    reward_margin: _builtins.float
+    """Mean reward of the chosen answers less that of the rejected ones, over the last tenth of the steps."""
+    @_builtins.property
+    def rejected_receipt(self) -> Global___ReceiptSummary:
+        """Counts of the token receipt over the rejected answers; `receipt` counts the chosen ones."""
+
+    def __init__(
+        self,
+        *,
+        rejected_receipt: Global___ReceiptSummary | None = ...,
+        reward_accuracy: _builtins.float = ...,
+        reward_margin: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rejected_receipt", b"rejected_receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rejected_receipt", b"rejected_receipt", "reward_accuracy", b"reward_accuracy", "reward_margin", b"reward_margin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreferenceSummary: _TypeAlias = PreferenceSummary  # noqa: Y015
+
+@_typing.final
 class TrainResult(_message.Message):
     """What a training job made."""
 
@@ -811,6 +877,8 @@ class TrainResult(_message.Message):
     QUANTIZATION_NOTE_FIELD_NUMBER: _builtins.int
     RESUMED_FROM_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
     final_loss: _builtins.float
     """Mean training loss over the last tenth of the steps, in nats per token."""
     eval_loss: _builtins.float
@@ -831,7 +899,7 @@ class TrainResult(_message.Message):
     """Where the run went on from; empty when it started anew."""
     @_builtins.property
     def adapter(self) -> _artifact_pb2.ArtifactRef:
-        """The adapter."""
+        """The adapter; unset for METHOD_FULL."""
 
     @_builtins.property
     def base_model(self) -> Global___BaseModel:
@@ -853,6 +921,14 @@ class TrainResult(_message.Message):
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleAnswers]:
         """Answers at the end; those at each evaluation are in the adapter's samples.json."""
 
+    @_builtins.property
+    def model(self) -> _artifact_pb2.ArtifactRef:
+        """The model, for METHOD_FULL."""
+
+    @_builtins.property
+    def preference(self) -> Global___PreferenceSummary:
+        """Figures of OBJECTIVE_DPO."""
+
     def __init__(
         self,
         *,
@@ -871,10 +947,12 @@ class TrainResult(_message.Message):
         quantization_note: _builtins.str = ...,
         resumed_from: _builtins.str = ...,
         samples: _abc.Iterable[Global___SampleAnswers] | None = ...,
+        model: _artifact_pb2.ArtifactRef | None = ...,
+        preference: Global___PreferenceSummary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "eval_loss", b"eval_loss", "probes", b"probes", "receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "eval_loss", b"eval_loss", "model", b"model", "preference", b"preference", "probes", b"probes", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "epochs", b"epochs", "eval_loss", b"eval_loss", "final_loss", b"final_loss", "loss_curve", b"loss_curve", "probes", b"probes", "quantization_note", b"quantization_note", "receipt", b"receipt", "resumed_from", b"resumed_from", "samples", b"samples", "steps", b"steps", "token_accuracy", b"token_accuracy", "tokens", b"tokens", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "epochs", b"epochs", "eval_loss", b"eval_loss", "final_loss", b"final_loss", "loss_curve", b"loss_curve", "model", b"model", "preference", b"preference", "probes", b"probes", "quantization_note", b"quantization_note", "receipt", b"receipt", "resumed_from", b"resumed_from", "samples", b"samples", "steps", b"steps", "token_accuracy", b"token_accuracy", "tokens", b"tokens", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
     _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
@@ -994,7 +1072,7 @@ Global___PlanRunRequest: _TypeAlias = PlanRunRequest  # noqa: Y015
 
 @_typing.final
 class PlanCheck(_message.Message):
-    """One line of the checklist."""
+    """One line of a checklist."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1003,6 +1081,7 @@ class PlanCheck(_message.Message):
     PASSED_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     REMEDY_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """Stable code in capitals."""
     severity: _job_pb2.Severity.ValueType
@@ -1013,6 +1092,8 @@ class PlanCheck(_message.Message):
     """What was seen."""
     remedy: _builtins.str
     """What to do."""
+    phase: Global___RunPhase.ValueType
+    """Which checklist it is on: before, during or after the run."""
     def __init__(
         self,
         *,
@@ -1021,10 +1102,11 @@ class PlanCheck(_message.Message):
         passed: _builtins.bool = ...,
         message: _builtins.str = ...,
         remedy: _builtins.str = ...,
+        phase: Global___RunPhase.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "passed", b"passed", "remedy", b"remedy", "severity", b"severity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "passed", b"passed", "phase", b"phase", "remedy", b"remedy", "severity", b"severity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1133,6 +1215,7 @@ class DiagnoseResponse(_message.Message):
     CONFIG_PATCH_FIELD_NUMBER: _builtins.int
     LOSS_CURVE_FIELD_NUMBER: _builtins.int
     HTML_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The verdict."""
     html: _builtins.str
@@ -1149,6 +1232,10 @@ class DiagnoseResponse(_message.Message):
     def loss_curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossPoint]:
         """The loss curve judged."""
 
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleAnswers]:
+        """What base and adapter answered at the end; empty for files and for runs that have not ended."""
+
     def __init__(
         self,
         *,
@@ -1157,10 +1244,11 @@ class DiagnoseResponse(_message.Message):
         config_patch: _struct_pb2.Struct | None = ...,
         loss_curve: _abc.Iterable[Global___LossPoint] | None = ...,
         html: _builtins.str = ...,
+        samples: _abc.Iterable[Global___SampleAnswers] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config_patch", b"config_patch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_patch", b"config_patch", "html", b"html", "loss_curve", b"loss_curve", "reasons", b"reasons", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_patch", b"config_patch", "html", b"html", "loss_curve", b"loss_curve", "reasons", b"reasons", "samples", b"samples", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1178,6 +1266,7 @@ class Run(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     job: _builtins.str
@@ -1196,6 +1285,10 @@ class Run(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last changed."""
 
+    @_builtins.property
+    def model(self) -> _artifact_pb2.ArtifactRef:
+        """The model, when METHOD_FULL made one."""
+
     def __init__(
         self,
         *,
@@ -1205,10 +1298,11 @@ class Run(_message.Message):
         checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
         adapter: _artifact_pb2.ArtifactRef | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        model: _artifact_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "model", b"model", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "checkpoints", b"checkpoints", "job", b"job", "name", b"name", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "checkpoints", b"checkpoints", "job", b"job", "model", b"model", "name", b"name", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

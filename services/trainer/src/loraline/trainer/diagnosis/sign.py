@@ -1,0 +1,57 @@
+"""An observation about a run, what is known of the run, and the checklists as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.trainer.diagnosis.history import History
+
+PHASES = {
+    **dict.fromkeys(("NO_TRAINED_TOKENS", "EOS_NEVER_TAUGHT", "EOS_TAUGHT", "FEW_ROWS"), pb.RUN_PHASE_BEFORE),
+    **dict.fromkeys(("ROWS", "ROWS_CUT", "NOTHING_CUT", "NO_EVALUATION"), pb.RUN_PHASE_BEFORE),
+    **dict.fromkeys(("LOSS_NOT_FINITE", "LOSS_RISES", "LOSS_FLAT", "LOSS_ZERO_FROM_START"), pb.RUN_PHASE_DURING),
+    **dict.fromkeys(("UNSTEADY", "STEADY", "GRADIENT_SPIKES", "RESTARTED", "STARTED_ANEW"), pb.RUN_PHASE_DURING),
+    **dict.fromkeys(("STILL_FALLING", "SETTLED", "EVAL_LOSS_RISES"), pb.RUN_PHASE_DURING),
+    **dict.fromkeys(("FINAL_LOSS", "TOKEN_ACCURACY", "EVAL_LOSS", "UNDERFIT"), pb.RUN_PHASE_AFTER),
+    **dict.fromkeys(("ANSWERS_UNCHANGED", "ANSWERS_CHANGED", "PROBES_UNMOVED", "PROBES_MOVED"), pb.RUN_PHASE_AFTER),
+}
+"""The checklists as data: what is looked at before, during and after a run, by code."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run besides its curve; 0 or None where it is not."""
+
+    rows: int = 0
+    rows_teaching_eos: int | None = None
+    trained_tokens: int | None = None
+    earlier: Sequence[History] = ()
+    """Runs of the same name before this one, newest first."""
+    resumed_from: str = ""
+    rows_cut: int | None = None
+    """Rows that were truncated or left out for their length."""
+    samples: Sequence[pb.SampleAnswers] = ()
+    """What base and adapter answered at the end."""
+    probe_shift: float | None = None
+    """Greatest difference of a token's log-probability between base and adapter, in nats."""
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One observation."""
+
+    code: str
+    passed: bool
+    message: str
+    remedy: str = ""
+    verdict: pb.Verdict.ValueType = pb.VERDICT_UNSPECIFIED
+    """The verdict that it speaks for when it did not pass; UNSPECIFIED for a remark."""
+    grave: bool = False
+
+    @property
+    def phase(self) -> pb.RunPhase.ValueType:
+        """The checklist that it is on."""
+        return PHASES[self.code]
