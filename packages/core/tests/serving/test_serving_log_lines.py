@@ -93,7 +93,7 @@ LINE = (
 
 
 def test_pythons_warnings_are_lines_too() -> None:
-    code = "import warnings; from loraline.core.logging import configure; configure(); warnings.warn('api_key=sk-1234567')"
+    code = "import warnings; from loraline.core.logging import *; configure(); warnings.warn('api_key=sk-1234567')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     line = json.loads(done.stderr)
     assert (line["level"], line["logger"]) == ("warning", "py.warnings")
