@@ -19,7 +19,6 @@ from loraline.inference.adapters.checks import check_adapter
 from loraline.inference.adapters.names import AdapterNames, adapter_ref, internal_name
 from loraline.inference.adapters.proof import tolerance
 from loraline.inference.base_model import LocalBase, open_base, parse_base
-from loraline.inference.config import InferenceSettings
 from loraline.inference.engines import amx, watch
 from loraline.inference.engines.choice import choose
 from loraline.inference.engines.port import EngineOptions
@@ -214,13 +213,6 @@ def test_vllm_arguments_on_cpu_and_gpu(toy: Any) -> None:
     gpu = engine_arguments(toy.model, EngineOptions(gpu_memory_utilization=0.5, extra={"seed": 3}), on_cpu=False)
     assert (gpu["dtype"], gpu["enforce_eager"], gpu["gpu_memory_utilization"], gpu["seed"]) == ("auto", False, 0.5, 3)
     assert gpu["structured_outputs_config"]["disable_any_whitespace"] is True
-
-
-def test_gpu_memory_utilization_has_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPU_MEMORY_UTILIZATION", "0.4")
-    assert InferenceSettings().gpu_memory_utilization == 0.4
-    monkeypatch.setenv("LORALINE_INFERENCE_GPU_MEMORY_UTILIZATION", "0.6")
-    assert InferenceSettings().gpu_memory_utilization == 0.6
 
 
 def test_bounds_follow_the_coarser_type() -> None:

@@ -59,7 +59,7 @@ async def test_every_http_route_asks_for_a_key(served: Served) -> None:
                     assert answer.json()["error"]["code"] == code
             let_in = await client.request(method, url, headers=bearer(served.keys["anna"]))
             assert let_in.status_code not in {401, 403}, (method, path)
-        for path in ("/", "/metrics", "/tokenize", "/v1/load_lora_adapter", "/v1/embeddings", "/health/x"):
+        for path in ("/", "/metrics", "/tokenize", "/v1/load_lora_adapter", "/v1/audio/speech", "/health/x"):
             assert (await client.get(path)).status_code == 401
             assert (await client.get(path, headers=bearer(served.keys["anna"]))).status_code == 404
 

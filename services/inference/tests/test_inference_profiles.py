@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -199,6 +200,45 @@ async def test_a_lost_stream_is_taken_up_again_by_its_owner_only(served: Served)
         await asyncio.sleep(3.5)  # profile_reconnect_seconds is 3
         gone = await http.post("/profiles/slow", headers={"last-event-id": last})
         assert (gone.status_code, gone.json()["error"]["code"]) == (404, "stream_gone")
+
+
+async def test_a_stream_beyond_the_most_is_refused_with_a_time_to_come_back(served: Served) -> None:
+    async with contextlib.AsyncExitStack() as open_streams:
+        http = await open_streams.enter_async_context(client(served, accept="text/event-stream"))
+        body = {"input": "many", "max_tokens": 2000}
+        asking = [http.stream("POST", "/profiles/slow", json=body) for _ in range(8)]  # profile_max_streams
+        answers = await asyncio.gather(*(open_streams.enter_async_context(one) for one in asking))
+        assert [answer.status_code for answer in answers] == [200] * 8
+        full = await http.post("/profiles/mini", json={"input": "x"})
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "streams_full")
+        assert full.headers["retry-after"] == "1"
+        # A plain answer needs no stream.
+        plain = await http.post("/profiles/nothing", json={"input": "x"}, headers={"accept": "application/json"})
+        assert plain.status_code == 404
+    await until(lambda: served.metric("loraline_inference_in_flight_requests") == 0, "the slots to be free", 60)
+
+
+async def test_a_profile_answers_in_a_session(served: Served) -> None:
+    async with client(served) as http:
+        session = (await http.post("/sessions", json={"model": "toy", "system_prompt": "Short."})).json()["name"]
+        body = {"input": "a boat", "session": session, "seed": 4, "max_tokens": 400}
+        first = await http.post("/profiles/mini", json=body)
+        assert first.status_code == 200, first.text
+        kept = (await http.get(f"/sessions/{session}")).json()["messages"]
+        assert [message["role"] for message in kept] == ["user", "assistant"]
+        assert "a boat" in kept[0]["content"]
+        whole = json.loads(kept[1]["content"])
+        assert isinstance(whole["boats"], list)
+        async with client(served, accept="text/event-stream") as streaming:
+            found = events_of((await streaming.post("/profiles/mini", json={**body, "input": "and now"})).text)
+        assert found[-1][1] == "close", found[-1]
+        # The second turn was asked after the first: what it says is kept, its prompt is longer.
+        kept = (await http.get(f"/sessions/{session}")).json()["messages"]
+        assert [message["role"] for message in kept] == ["user", "assistant"] * 2
+        assert json.loads(kept[3]["content"]) == found[-1][2]
+        assert found[-2][2]["usage"]["prompt_tokens"] > first.json()["usage"]["prompt_tokens"]
+        stolen = await http.post("/profiles/mini", json={**body, "session": "sessions/nobodys"})
+        assert stolen.status_code in {400, 404}
 
 
 async def test_a_stream_nobody_comes_back_to_frees_its_slot(served: Served) -> None:

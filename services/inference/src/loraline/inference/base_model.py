@@ -18,6 +18,7 @@ from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref, parse_ref
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
+from loraline.core.preflight.model_folder import weight_problems
 from loraline.core.server_paths import model_folder
 
 
@@ -122,17 +123,10 @@ def _check_remote_code(spec: BaseModel, settings: CoreSettings) -> None:
 
 def _check_complete(folder: Path) -> None:
     read_config(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise _incomplete(folder, "it has no .safetensors weights")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise _incomplete(folder, f"model.safetensors.index.json cannot be read ({error})") from error
-        missing = sorted(name for name in needed if not (folder / str(name)).is_file())
-        if missing:
-            raise _incomplete(folder, f"{', '.join(missing[:3])} named by its index is missing")
+    problems = list(weight_problems(folder))
+    if problems:
+        more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise _incomplete(folder, f"{'; '.join(problems[:3])}{more}")
 
 
 def _incomplete(folder: Path, why: str) -> LoralineError:

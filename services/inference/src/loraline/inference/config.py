@@ -12,6 +12,12 @@ from loraline.inference.engines.port import EngineOptions
 from loraline.inference.sessions.record import SessionLimits
 
 
+def _names(name: str, *others: str) -> AliasChoices:
+    """Return where an engine's setting is read from: with either prefix, then by the plain name that vLLM gives it."""
+    names = [name, *others]
+    return AliasChoices(*(f"{prefix}{one}" for prefix in ("LORALINE_INFERENCE_", "LORALINE_", "") for one in names))
+
+
 class InferenceSettings(BaseSettings):
     """What is served, by which engine, within which limits."""
 
@@ -26,35 +32,53 @@ class InferenceSettings(BaseSettings):
     http_listen: str = "127.0.0.1:7680"
     """host:port of the OpenAI-compatible HTTP side; empty for none."""
 
-    dtype: str = "auto"
+    # What has _names is read with the prefix LORALINE_INFERENCE_ or LORALINE_, or by its plain name.
+    dtype: str = Field(default="auto", validation_alias=_names("DTYPE"))
     """`auto`, `float32`, `bfloat16` or `float16`; auto is float32 for small models on a CPU, else the model's own."""
-    max_model_len: int = Field(default=0, ge=0)
+    max_model_len: int = Field(default=0, ge=0, validation_alias=_names("MAX_MODEL_LEN"))
     """Longest prompt and answer together, in tokens; 0 for what the model allows."""
-    max_lora_rank: int = Field(default=64, ge=1, le=512)
+    max_lora_rank: int = Field(default=64, ge=1, le=512, validation_alias=_names("MAX_LORA_RANK"))
     """Greatest rank of an adapter. Memory is reserved for it."""
-    max_loaded_adapters: int = Field(default=8, ge=1, le=1024)
+    max_loaded_adapters: int = Field(
+        default=8, ge=1, le=1024, validation_alias=_names("MAX_LOADED_ADAPTERS", "MAX_CPU_LORAS")
+    )
     """Adapters in the engine at once; the least recently used one makes room."""
-    max_batch_adapters: int = Field(default=4, ge=1, le=256)
+    max_batch_adapters: int = Field(default=4, ge=1, le=256, validation_alias=_names("MAX_BATCH_ADAPTERS", "MAX_LORAS"))
     """Adapters that one batch may mix."""
-    max_concurrent_requests: int = Field(default=256, ge=1)
+    max_concurrent_requests: int = Field(
+        default=256, ge=1, validation_alias=_names("MAX_CONCURRENT_REQUESTS", "MAX_NUM_SEQS")
+    )
     """Sequences generated at once; more wait."""
     max_queued_requests: int = Field(default=1024, ge=0)
     """Answers that may wait for one of these places; further requests are refused with a time to come back."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
+    kv_cache_gib: float = Field(default=1.0, gt=0, validation_alias=_names("KV_CACHE_GIB"))
     """KV cache on a CPU, in GiB (VLLM_CPU_KVCACHE_SPACE, when set, is stronger)."""
-    gpu_memory_utilization: float = Field(
-        default=0.9,
-        gt=0,
-        le=1,
-        validation_alias=AliasChoices("LORALINE_INFERENCE_GPU_MEMORY_UTILIZATION", "GPU_MEMORY_UTILIZATION"),
-    )
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1, validation_alias=_names("GPU_MEMORY_UTILIZATION"))
     """Share of a GPU's memory that vLLM takes."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1, validation_alias=_names("TENSOR_PARALLEL_SIZE"))
     """GPUs that share the model."""
-    enforce_eager: bool | None = None
+    pipeline_parallel_size: int = Field(default=1, ge=1, validation_alias=_names("PIPELINE_PARALLEL_SIZE"))
+    """Groups of GPUs that each hold some of the layers, also on several nodes."""
+    distributed_executor_backend: Literal["", "mp", "ray"] = Field(
+        default="", validation_alias=_names("DISTRIBUTED_EXECUTOR_BACKEND")
+    )
+    """What starts vLLM's workers: `mp` on one node, `ray` on several; empty for vLLM's choice."""
+    quantization: str = Field(default="", validation_alias=_names("QUANTIZATION"))
+    """vLLM's method, such as `bitsandbytes` or `fp8`; empty for what the model's config says."""
+    kv_cache_dtype: str = Field(default="", validation_alias=_names("KV_CACHE_DTYPE"))
+    """vLLM's type of the KV cache, such as `fp8`; empty for the model's own."""
+    max_num_batched_tokens: int = Field(default=0, ge=0, validation_alias=_names("MAX_NUM_BATCHED_TOKENS"))
+    """Tokens of one step of vLLM's; 0 for its choice."""
+    enable_prefix_caching: bool | None = Field(default=None, validation_alias=_names("ENABLE_PREFIX_CACHING"))
+    """Keep the work on prompts that begin alike; unset for vLLM's choice, which is yes."""
+    cpu_offload_gb: float = Field(default=0.0, ge=0, validation_alias=_names("CPU_OFFLOAD_GB"))
+    """GiB of weights for each GPU that stay in the machine's memory."""
+    enforce_eager: bool | None = Field(default=None, validation_alias=_names("ENFORCE_EAGER"))
     """Skip CUDA graphs and compilation; unset means yes on a CPU and no on a GPU."""
     coalesce_seconds: float = Field(default=0.004, ge=0, le=1)
     """Tokens of one answer that come faster than this go out as one message, the first at once; 0 for no pause."""
+    tool_parser: str = Field(default="", validation_alias=_names("TOOL_PARSER", "TOOL_CALL_PARSER"))
+    """How the model writes calls of tools, as vLLM names its parsers (`hermes`); empty: no `tool_choice` auto."""
     engine_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs, as JSON; they win over the settings above."""
 
@@ -115,8 +139,18 @@ class InferenceSettings(BaseSettings):
             enforce_eager=self.enforce_eager,
             trust_remote_code=trust_remote_code,
             coalesce_seconds=self.coalesce_seconds,
-            extra=self.engine_arguments,
+            extra=self._further_arguments(),
         )
+
+    def _further_arguments(self) -> dict[str, Any]:
+        """Return what goes to vLLM as it is: what was set, and over that the engine_arguments."""
+        names = (
+            *("pipeline_parallel_size", "distributed_executor_backend", "quantization", "kv_cache_dtype"),
+            *("max_num_batched_tokens", "enable_prefix_caching", "cpu_offload_gb"),
+        )
+        fields = type(self).model_fields
+        given = {name: getattr(self, name) for name in names if getattr(self, name) != fields[name].default}
+        return {**given, **self.engine_arguments}
 
     def session_limits(self) -> SessionLimits:
         """Return the part of the settings that sessions need."""

@@ -70,6 +70,8 @@ class Answer:
                         self._metrics.first_token.observe(figures.first_token_seconds)
                     figures.completion_tokens += len(piece.token_ids)
                     figures.texts.setdefault(piece.index, []).append(piece.text)
+                    if piece.logprobs:
+                        figures.logprobs.setdefault(piece.index, []).extend(piece.logprobs)
                     if piece.finish_reason:
                         figures.finish[piece.index] = piece.finish_reason
                         figures.total_seconds = time.monotonic() - self._begun
@@ -98,7 +100,11 @@ class Answer:
     def held(self) -> list[Piece]:
         """Return the finished answers, each as one piece."""
         finish = sorted(self.figures.finish.items())
-        return [Piece(index, self.figures.text(index), (), reason) for index, reason in finish]  # type: ignore[arg-type]
+        figures = self.figures
+        return [
+            Piece(index, figures.text(index), (), reason, None, figures.logprobs.get(index, ()))  # type: ignore[arg-type]
+            for index, reason in finish
+        ]
 
     def check_shape(self) -> None:
         """Raise STRUCTURED_ANSWER_CUT, STRUCTURED_ANSWER_INVALID or LANGUAGE_MISMATCH when it is not what was asked."""
@@ -218,7 +224,7 @@ class Generation:
                 turn.notices.append(left_out_notice(question.session, left_out, len(question.earlier), window))
             name = "messages"
         elif question.messages:
-            ids, name = await chat_format.prompt_ids(question.messages), "messages"
+            ids, name = await chat_format.prompt_ids(question.messages, question.tools), "messages"
         elif isinstance(question.prompt, str):
             # Tokenizing megabytes takes seconds, which must not be the event loop's.
             encode = chat_format.encode

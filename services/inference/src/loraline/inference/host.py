@@ -25,7 +25,8 @@ from loraline.inference.engines.choice import EngineChoice, choose
 from loraline.inference.engines.port import BASE
 from loraline.inference.holds import Holds
 from loraline.inference.metrics import InferenceMetrics
-from loraline.inference.readiness import Readiness
+from loraline.inference.preflight.diagnosis import Diagnoses
+from loraline.inference.readiness import Readiness, cause_of
 from loraline.inference.serving import Serving, Target, start_serving
 from loraline.inference.state import ServedState, StateFile
 
@@ -54,6 +55,7 @@ class ModelHost:
         self._serving: Serving | None = None
         self._changing = asyncio.Lock()
         self._readiness = Readiness()
+        self.diagnoses = Diagnoses(settings, self._readiness)
         self._holds = Holds(library.database, lambda: self._serving)
         self._watch = EngineWatch(settings, lambda: None if self._changing.locked() else self._serving, self._restart)
         self._backoff = Backoff(settings.restart_backoff_seconds)
@@ -137,7 +139,7 @@ class ModelHost:
         name = served_name or base.default_name
         async with self._changing:
             current = self._serving
-            if current is not None and not self.why_not_ready and _same(current, base, name):
+            if current is not None and not self.why_not_ready and current.serves(base, name):
                 return current
             return await self._replace(base, name, choice)
 
@@ -218,7 +220,7 @@ class ModelHost:
             serving = await self._start(base, name, choice)
         except BaseException as error:
             why = str(error) or f"Loading {base.described} was given up."
-            self._readiness.failed(why, getattr(error, "reason", ""))
+            self._readiness.failed(why, cause_of(error))
             if before is not None and isinstance(error, LoralineError):
                 await self._go_back(before, choice)
             raise
@@ -231,7 +233,8 @@ class ModelHost:
         def phase(text: str) -> None:
             self._readiness.loading(f"Loading {base.described}: {text}.")
 
-        return await start_serving(base, name, choice, self.settings, self._library, self._metrics, phase)
+        known = (self.settings, self._library, self._metrics, phase, self.diagnoses)
+        return await start_serving(base, name, choice, *known)
 
     async def _go_back(self, before: Serving, choice: EngineChoice) -> None:
         _log.warning("serving_model_before", model=before.base.described)
@@ -251,7 +254,7 @@ class ModelHost:
         try:
             serving = await self.load_model(wanted, self.settings.served_name or self._state.served_name, trusted=True)
         except LoralineError as error:
-            self._readiness.failed(f"{describe_base(wanted)} could not be loaded: {error.message}", error.reason)
+            self._readiness.failed(f"{describe_base(wanted)} could not be loaded: {error.message}", cause_of(error))
             _log.error("first_model_failed", reason=error.reason, message=error.message)
             return
         await self._load_adapters(serving, remembered)
@@ -291,8 +294,3 @@ class ModelHost:
 def _content(exact: ArtifactRef) -> str:
     """Name an exact artifact for good: a deleted version's number never comes back, another store's may."""
     return f"{format_ref(exact)} {exact.digest}"
-
-
-def _same(current: Serving, base: LocalBase, name: str) -> bool:
-    """Tell whether an artifact is what is served already."""
-    return bool(base.digest) and current.base.digest == base.digest and current.name == name

@@ -9,7 +9,10 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.duration_pb2 import Duration
 
 from loraline.api.inference.v1 import inference_pb2
+from loraline.core.diagnostics.catalog import LANGUAGES
 from loraline.core.errors import invalid_argument
+from loraline.core.preflight import Finding
+from loraline.core.private_paths import without_private_paths
 from loraline.core.structs import json_value
 from loraline.inference.adapters.registry import ServedAdapter
 from loraline.inference.engines.port import Constraint, Sampling
@@ -96,6 +99,15 @@ def describe_engine(answer: inference_pb2.GetCapabilitiesResponse, serving: Serv
     answer.max_loaded_adapters = facts.max_loaded_adapters
     answer.base.CopyFrom(base_message(serving))
     answer.chat_template_sha256 = serving.chat_format.template_sha256
+
+
+def diagnosis_message(finding: Finding) -> inference_pb2.Diagnosis:
+    """Tell a problem in every language that the diagnostics know."""
+    return inference_pb2.Diagnosis(
+        reason=finding.reason,
+        message=without_private_paths(finding.said),
+        explanations={language: finding.explained(language) for language in LANGUAGES},
+    )
 
 
 def adapter_message(adapter: ServedAdapter, aliases: Iterable[str]) -> inference_pb2.ServedModel:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from loraline.inference.engines.port import Constraint, Sampling
+from loraline.inference.engines.port import Constraint, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,10 @@ class Question:
     sampling: Sampling
     prompt: str | Sequence[int] = ""
     """A text or token ids to continue; used when there are no messages."""
-    messages: Sequence[dict[str, str]] = ()
+    messages: Sequence[dict[str, Any]] = ()
+    """`role` and `content`, and of tools `tool_calls` and `tool_call_id`, as chat templates read them."""
+    tools: Sequence[dict[str, Any]] = ()
+    """Tools that the chat template shows the model."""
     constraint: Constraint | None = None
     shape_field: str = ""
     """How the request calls the constraint, for refusals; its name in the proto when empty."""
@@ -59,6 +63,8 @@ class Figures:
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
     texts: dict[int, list[str]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    """By answer's index; empty unless asked for."""
 
     def text(self, index: int = 0) -> str:
         """Return an answer's text so far."""

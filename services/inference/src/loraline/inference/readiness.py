@@ -13,13 +13,19 @@ _LOAD_ANOTHER = "Mend the cause, then load it again, or another: `loraline model
 State = Literal["empty", "loading", "ready", "failed"]
 
 
+def cause_of(error: BaseException) -> str:
+    """Return the reason to tell of a load that failed: of what it failed at, where that is known."""
+    return error.metadata.get("cause", error.reason) if isinstance(error, LoralineError) else ""
+
+
 class Readiness:
     """What the host is doing; every change is made in the event loop."""
 
     def __init__(self) -> None:
         self.state: State = "loading"
         self._why = "The service is starting."
-        self._cause = ""
+        self.cause = ""
+        """Reason of what a load failed at; empty otherwise."""
         self._since = time.monotonic()
 
     @property
@@ -42,14 +48,14 @@ class Readiness:
     def failed(self, why: str, cause: str = "") -> None:
         """Nothing will change until a person acts; `cause` is the reason of the error that it failed with."""
         self._set("failed", why)
-        self._cause = cause
+        self.cause = cause
 
     def refusal(self) -> LoralineError:
         """Return what requests get now: UNAVAILABLE while waiting helps, FAILED_PRECONDITION when it does not."""
         if self.state == "empty":
             return failed_precondition("NO_MODEL_LOADED", NOTHING_LOADED)
         if self.state == "failed":
-            return failed_precondition("MODEL_LOAD_FAILED", f"{self._why} {_LOAD_ANOTHER}", cause=self._cause)
+            return failed_precondition("MODEL_LOAD_FAILED", f"{self._why} {_LOAD_ANOTHER}", cause=self.cause)
         seconds = time.monotonic() - self._since
         error = unavailable("MODEL_NOT_READY", f"{self._why} That began {seconds:.0f} s ago.")
         error.retry_after = timedelta(seconds=2)
@@ -58,4 +64,4 @@ class Readiness:
     def _set(self, state: State, why: str) -> None:
         if state != self.state:  # the phases of one load are one wait
             self._since = time.monotonic()
-        self.state, self._why, self._cause = state, why, ""
+        self.state, self._why, self.cause = state, why, ""

@@ -22,6 +22,7 @@ from loraline.inference.messages import (
     base_message,
     constraint_of,
     describe_engine,
+    diagnosis_message,
     sampling_of,
     timings_of,
     usage_of,
@@ -153,6 +154,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_model_len=limits.max_model_len,
             max_loaded_adapters=limits.max_loaded_adapters,
             not_ready_because=self._host.why_not_ready,
+            diagnoses=[diagnosis_message(finding) for finding in self._host.diagnoses.known()],
         )
         if not self._host.why_not_ready:
             describe_engine(answer, self._host.serving())

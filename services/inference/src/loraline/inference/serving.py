@@ -21,7 +21,9 @@ from loraline.inference.config import InferenceSettings
 from loraline.inference.engines.chat_format import ChatFormat
 from loraline.inference.engines.choice import EngineChoice
 from loraline.inference.engines.port import Engine, EngineDead, EngineRefused, EngineRequest, Sampling
+from loraline.inference.engines.tool_calls import check_parser
 from loraline.inference.metrics import InferenceMetrics
+from loraline.inference.preflight.diagnosis import Diagnoses
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +48,10 @@ class Serving:
 
     def __post_init__(self) -> None:
         self._idle.set()
+
+    def serves(self, base: LocalBase, name: str) -> bool:
+        """Tell whether an artifact is what is served already."""
+        return bool(base.digest) and self.base.digest == base.digest and self.name == name
 
     @asynccontextmanager
     async def in_use(self) -> AsyncIterator[None]:
@@ -93,6 +99,7 @@ async def start_serving(
     library: ArtifactLibrary,
     metrics: InferenceMetrics,
     phase: Callable[[str], None],
+    diagnoses: Diagnoses,
 ) -> Serving:
     """Start an engine on a base model and see it generate a token; a merged model's evidence is checked too.
 
@@ -100,6 +107,8 @@ async def start_serving(
     left running then.
     """
     begun = time.monotonic()
+    await asyncio.to_thread(check_parser, settings.tool_parser)
+    await diagnoses.before(choice.name, base.described)
     phase("reading the tokenizer")
     chat_format = await asyncio.to_thread(ChatFormat.load, base.folder, trust_remote_code=base.spec.trust_remote_code)
     engine = choice.create()
@@ -116,7 +125,7 @@ async def start_serving(
         await asyncio.shield(engine.stop())
         if isinstance(error, LoralineError) or not isinstance(error, Exception):
             raise
-        raise _load_failed(base, choice, error) from error
+        raise diagnoses.failed(choice.name, base.described, error) from error
     seconds = time.monotonic() - begun
     metrics.load_seconds.observe(seconds)
     _log.info("model_loaded", model=base.described, name=name, seconds=round(seconds, 1), **vars(engine.facts))
@@ -144,11 +153,3 @@ async def generate_one_token(engine: Engine, chat_format: ChatFormat) -> None:
     except EngineRefused as error:
         raise failed_precondition("MODEL_LOAD_FAILED", f"The engine refuses its first prompt: {error}") from error
     raise EngineDead("the engine answered without a token")
-
-
-def _load_failed(base: LocalBase, choice: EngineChoice, error: Exception) -> LoralineError:
-    message = (
-        f"{base.described} cannot be loaded with {choice.name}: {type(error).__name__}: {error}. "
-        "The log has the engine's own words above this line."
-    )
-    return failed_precondition("MODEL_LOAD_FAILED", message, model=base.described, engine=choice.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,20 @@ class ChatFormat:
         """Return the text of ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool) -> list[int]:
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template puts tools into the prompt; many pass over them in silence."""
+        tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
+        messages = [{"role": "user", "content": "probe"}]
+        try:
+            without = self.render(messages, generation_prompt=True)
+            return self.render(messages, generation_prompt=True, tools=[tool]) != without
+        except LoralineError:
+            return False
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Return the ids of a conversation. INVALID_ARGUMENT when the template refuses it. Blocking."""
         if not self.template:
             message = (
@@ -80,29 +94,49 @@ class ChatFormat:
             raise failed_precondition("NO_CHAT_TEMPLATE", message)
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+                [dict(message) for message in messages],
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except Exception as error:
             message = f"The model's chat template refuses these messages: {error}."
             raise invalid_argument("TEMPLATE_REFUSED", message, messages=str(error)) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    async def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def prompt_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Return the ids that ask for the next answer, rendered off the event loop and under a time limit.
 
-        INVALID_ARGUMENT SPECIAL_TOKEN_IN_TEXT names a message whose text would become control tokens.
+        INVALID_ARGUMENT SPECIAL_TOKEN_IN_TEXT names a message or tool whose text would become control tokens.
         """
-        rendering = asyncio.to_thread(self._question, messages)
+        rendering = asyncio.to_thread(self._question, messages, tools)
         try:
             return await asyncio.wait_for(rendering, RENDER_SECONDS)
         except TimeoutError:
             raise _too_slow() from None
 
-    def _question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def _question(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
         refusal = self._specials.refusal(messages)
         if refusal is not None:
             raise refusal
-        return self.render(messages, generation_prompt=True)
+        for path, text in _texts_about_tools(messages, tools):
+            if token := self._specials.first_in(text):
+                error = invalid_argument("SPECIAL_TOKEN_IN_TEXT", f"{path} spells the control token {token!r}.")
+                error.fields = {path: f"spells the control token {token!r}"}
+                raise error
+        return self.render(messages, generation_prompt=True, tools=tools)
+
+
+def _texts_about_tools(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    for position, tool in enumerate(tools):
+        yield f"tools[{position}]", json.dumps(tool, ensure_ascii=False)
+    for position, message in enumerate(messages):
+        if message.get("tool_calls"):
+            yield f"messages[{position}].tool_calls", json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
 def _too_slow() -> LoralineError:

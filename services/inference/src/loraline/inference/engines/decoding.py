@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from loraline.inference.engines.chat_format import ChatFormat
-from loraline.inference.engines.port import Constraint, EngineFacts, EngineRefused, EngineRequest, Piece, Sampling
+from loraline.inference.engines.port import (
+    Constraint,
+    EngineFacts,
+    EngineRefused,
+    EngineRequest,
+    Piece,
+    Sampling,
+    TokenLogprob,
+)
 from loraline.inference.engines.text_stream import TextStream
 
 
@@ -49,19 +57,33 @@ class Decoder:
                 tokens = torch.tensor([fed], device=self._model.device)
                 output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
-                token = _pick(output.logits[:, -1].float(), ids, len(request.prompt_ids), sampling, shape, generator)
+                logits = output.logits[:, -1].float()
+                token = _pick(logits, ids, len(request.prompt_ids), sampling, shape, generator)
+                told = self._told(logits, token, sampling.logprobs)
             ids.append(token)
             fed = [token]
             shape.accept(token)
             ended = token in self._eos
             delta, stopped = ("", False) if ended else text.push(token)
             if ended or stopped or shape.complete:
-                yield Piece(index, delta + ("" if stopped else text.finish()), [token], "stop", waited)
+                yield Piece(index, delta + ("" if stopped else text.finish()), [token], "stop", waited, told)
                 return
             if produced == limit:
-                yield Piece(index, delta + text.finish(), [token], "length", waited)
+                yield Piece(index, delta + text.finish(), [token], "length", waited, told)
                 return
-            yield Piece(index, delta, [token])
+            yield Piece(index, delta, [token], logprobs=told)
+
+    def _told(self, logits: Any, token: int, most: int | None) -> list[TokenLogprob]:
+        """Return the log-probability of a token and of the `most` likeliest ones, as the model gave them."""
+        import torch
+
+        if most is None:
+            return []
+        figures = torch.log_softmax(logits[0], dim=-1)
+        values, ids = torch.topk(figures, min(most, figures.shape[-1]))
+        name = self._format.tokenizer.decode
+        top = tuple((name([int(i)]), float(value)) for value, i in zip(values, ids, strict=True))
+        return [TokenLogprob(name([token]), float(figures[token]), top)]
 
 
 class _Shape:

@@ -26,6 +26,10 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     n: int = 1
+    logprobs: int | None = None
+    """Likeliest tokens to tell beside each that was taken; 0 for that one alone, None for no log-probabilities."""
+    show_special: bool = False
+    """Leave special tokens in the text: some models mark the calls of tools with them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,18 @@ class EngineRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """What the model thought of a token, before temperature and penalties."""
+
+    token: str
+    """Its text; half a character shows as U+FFFD."""
+    logprob: float
+    """In nats."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens at its place with theirs, best first."""
+
+
+@dataclass(frozen=True)
 class Piece:
     """What an engine says next about one of a request's n answers."""
 
@@ -67,6 +83,8 @@ class Piece:
     """Set on the answer's last piece."""
     queue_seconds: float | None = None
     """Time the request waited before it ran; on the last piece, when the engine knows it."""
+    logprobs: Sequence[TokenLogprob] = ()
+    """One for each of token_ids, where they were asked for."""
 
 
 @dataclass(frozen=True)

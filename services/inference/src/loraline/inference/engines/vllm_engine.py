@@ -21,6 +21,7 @@ from loraline.inference.engines.port import (
     EngineRequest,
     Piece,
     Sampling,
+    TokenLogprob,
 )
 from loraline.inference.engines.vllm_process import build, shut_down
 
@@ -228,6 +229,8 @@ def _sampling_params(sampling: Sampling, constraint: Constraint | None) -> Sampl
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
+        logprobs=sampling.logprobs,
+        skip_special_tokens=not sampling.show_special,
         structured_outputs=_structured(constraint) if constraint else None,
     )
 
@@ -259,8 +262,20 @@ def _pieces(output: RequestOutput, *, shaped: bool) -> list[Piece]:
                 raise EngineDead(f"vLLM ended the request: {answer.finish_reason}")
             stats = output.metrics
             waited = max(0.0, stats.scheduled_ts - stats.queued_ts) if stats and stats.scheduled_ts else None
-        pieces.append(Piece(answer.index, answer.text, list(answer.token_ids), reason, waited))  # type: ignore[arg-type]
+        ids = list(answer.token_ids)
+        told = _logprobs(ids, answer.logprobs) if answer.logprobs else ()
+        pieces.append(Piece(answer.index, answer.text, ids, reason, waited, told))  # type: ignore[arg-type]
     return pieces
+
+
+def _logprobs(ids: list[int], figures: Any) -> list[TokenLogprob]:
+    """Return vLLM's figures: at each place the token taken and, ranked from 1, the likeliest ones."""
+    found = []
+    for token, at in zip(ids, figures, strict=False):
+        ranked = sorted(at.items(), key=lambda item: item[1].rank or 0)
+        top = tuple((entry.decoded_token or "", float(entry.logprob)) for _, entry in ranked)
+        found.append(TokenLogprob(at[token].decoded_token or "", float(at[token].logprob), top))
+    return found
 
 
 def _first_cause(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from loraline.inference.engines import amx, compiler, watch
+from loraline.inference.engines import amx, compiler, last_words, watch
 from loraline.inference.engines.memory import float32_on_cpu
 from loraline.inference.engines.port import EngineOptions
 
@@ -31,6 +31,7 @@ def build(folder: Path, options: EngineOptions) -> AsyncLLM:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     amx.enable()
     watch.claim()
+    last_words.listen()
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -40,7 +41,12 @@ def build(folder: Path, options: EngineOptions) -> AsyncLLM:
         compiler.do_without()
     arguments = engine_arguments(folder, options, on_cpu=on_cpu)
     _log.info("vllm_starting", model=str(folder), **{k: arguments[k] for k in ("dtype", "max_lora_rank", "max_loras")})
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except Exception as error:
+        # vLLM's own error says only that another process failed.
+        words = last_words.said()
+        raise RuntimeError(f"{words}\n{error}" if words else str(error)) from error
 
 
 def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> dict[str, Any]:
@@ -77,3 +83,4 @@ def shut_down(llm: AsyncLLM) -> None:
     llm.shutdown()
     for core in cores:
         core.join(_REAP_SECONDS)
+    last_words.forget()

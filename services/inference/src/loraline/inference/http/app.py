@@ -5,8 +5,10 @@ API keys are the platform's: its server puts them in front of every stage's HTTP
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from loraline.core.errors import LoralineError
+from loraline.core.errors import LoralineError, not_found
 from loraline.core.private_paths import told_to_callers
 from loraline.inference.generation import Generation
 from loraline.inference.host import ModelHost
@@ -27,6 +29,7 @@ from loraline.inference.http.requests import HttpQuestion, chat_question, comple
 from loraline.inference.http.responses import DONE, Kind, Shape, event
 from loraline.inference.http.sessions import session_routes
 from loraline.inference.http.streaming import EventStream, until_disconnect
+from loraline.inference.http.tool_answers import ToolAnswers, check_template, tool_answers
 from loraline.inference.profiles.registry import Profiles
 from loraline.inference.profiles.relay import Relay
 from loraline.inference.sessions.calls import SessionCalls
@@ -40,6 +43,7 @@ def create_app(generation: Generation, sessions: SessionCalls, profiles: Profile
         routes=[
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
             Route("/v1/completions", routes.completions, methods=["POST"]),
+            Route("/v1/embeddings", routes.embeddings, methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
             generate_route(generation),
@@ -72,6 +76,15 @@ class _Routes:
         body = await read_body(request)
         return await self._respond(request, "completion", completion_question(body))
 
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: no engine here can, for what generates has no pooling layer."""
+        engine = self._host.serving().engine.facts.engine
+        message = (
+            f"There are no embeddings here: {engine} runs {self._host.serving().name} to generate text, and an engine "
+            "does one or the other. Ask a server of an embedding model."
+        )
+        raise not_found("EMBEDDINGS_NOT_SERVED", message, engine=engine)
+
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
         return JSONResponse({"object": "list", "data": list((await self._models()).values())})
@@ -96,9 +109,10 @@ class _Routes:
         return found
 
     async def _respond(self, request: Request, kind: Kind, asked: HttpQuestion) -> Response:
+        asked, tools = await self._with_tools(asked)
         if not asked.stream:
-            return await until_disconnect(request, self._whole(kind, asked))
-        stream = self._events(kind, asked)
+            return await until_disconnect(request, self._whole(kind, asked, tools))
+        stream = self._events(kind, asked, tools)
         try:
             # Whatever fails before the first token is a plain HTTP error, not an event in a stream that began well.
             first = await until_disconnect(request, anext(stream))
@@ -110,17 +124,40 @@ class _Routes:
             return first
         return EventStream(first, stream)
 
-    async def _whole(self, kind: Kind, asked: HttpQuestion) -> Response:
-        answer = await whole(self._generation, asked.question)
-        return JSONResponse(Shape(kind, answer, include_usage=True).whole())
+    async def _with_tools(self, asked: HttpQuestion) -> tuple[HttpQuestion, ToolAnswers | None]:
+        """Return how an answer that may call tools is read; INVALID_ARGUMENT TOOLS_NOT_SUPPORTED where none may."""
+        chat_format = self._host.serving().chat_format
+        question, tools = asked.question, asked.tools
+        about_calls = any(message.keys() - {"role", "content"} for message in question.messages)
+        if tools is None or tools.choice == "none":
+            if about_calls:
+                await asyncio.to_thread(check_template, chat_format)
+            return asked, None
+        parser = self._host.settings.tool_parser
+        reading, special = await asyncio.to_thread(tool_answers, tools, chat_format, parser)
+        if special:
+            question = replace(question, sampling=replace(question.sampling, show_special=True))
+        return replace(asked, question=question), reading
 
-    async def _events(self, kind: Kind, asked: HttpQuestion) -> AsyncGenerator[bytes, None]:
+    async def _whole(self, kind: Kind, asked: HttpQuestion, tools: ToolAnswers | None) -> Response:
+        answer = await whole(self._generation, asked.question)
+        told = asked.question.sampling.logprobs
+        return JSONResponse(Shape(kind, answer, include_usage=True, tools=tools, logprobs=told).whole())
+
+    async def _events(self, kind: Kind, asked: HttpQuestion, tools: ToolAnswers | None) -> AsyncGenerator[bytes, None]:
         begun = False
         try:
             shape = None
-            async with aclosing(streamed(self._generation, asked.question)) as pieces:
+            held = asked.tools is not None and asked.tools.forced
+            async with aclosing(streamed(self._generation, asked.question, held=held)) as pieces:
                 async for answer, piece in pieces:
-                    shape = shape or Shape(kind, answer, include_usage=asked.include_usage)
+                    shape = shape or Shape(
+                        kind,
+                        answer,
+                        include_usage=asked.include_usage,
+                        tools=tools,
+                        logprobs=asked.question.sampling.logprobs,
+                    )
                     content = shape.piece(piece)
                     if content is not None:
                         yield event(content)

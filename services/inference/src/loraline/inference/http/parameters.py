@@ -30,6 +30,14 @@ def sampling(body: Mapping[str, Any], max_tokens: int, default: Sampling | None 
     )
 
 
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """Return true or false; false when it is unset."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(name, "must be true or false")
+    return bool(value)
+
+
 def text(body: Mapping[str, Any], name: str) -> str:
     """Return a text, empty for none. INVALID_ARGUMENT INVALID_PARAMETER otherwise, as of all of these."""
     value = body.get(name)

@@ -1,10 +1,14 @@
-"""OpenAI's request bodies to questions. What is not supported is refused, never ignored."""
+"""OpenAI's request bodies to questions. What is not supported is refused, never ignored.
+
+As OpenAI's own server does, an unknown parameter is refused with 400 by name; so is a known one that is not supported
+here, unless its value asks for nothing. Only `user` and what OpenAI keeps for its own bookkeeping goes unread.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from loraline.core.errors import invalid_argument
 from loraline.inference.http import parameters
 from loraline.inference.http.shapes import SHAPE_PARAMETERS, asked_shape
+from loraline.inference.http.tools import TOOL_PARAMETERS, AskedTools, asked_tools, tool_calls
 from loraline.inference.question import Question
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -29,22 +34,25 @@ _SHARED = {
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
-    "user",
+    "logprobs",
+    *("user", "metadata", "safety_identifier", "prompt_cache_key"),
 } | SHAPE_PARAMETERS
-_CHAT = _SHARED | {"messages", "session", "max_completion_tokens"}
+_CHAT = _SHARED | TOOL_PARAMETERS | {"messages", "session", "max_completion_tokens", "top_logprobs"}
 _COMPLETION = _SHARED | {"prompt"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
     "logit_bias": ({},),
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "store": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
 }
 """Parameters that are not supported, with the values that ask for nothing."""
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_OF_TOOLS = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
+_MOST_LOGPROBS = 20
+"""Of vLLM, unless an operator raises its max_logprobs; OpenAI's too."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class HttpQuestion:
     question: Question
     stream: bool
     include_usage: bool
+    tools: AskedTools | None = None
 
 
 async def read_body(request: Request) -> dict[str, Any]:
@@ -85,15 +94,19 @@ def chat_question(body: Mapping[str, Any], most_tokens: int) -> HttpQuestion:
     _refuse_unknown(body, _CHAT)
     limits = (parameters.integer(body, name, 1) for name in ("max_completion_tokens", "max_tokens"))
     limit = next((limit for limit in limits if limit), most_tokens)
+    top = parameters.integer(body, "top_logprobs", 0) or 0
+    told = top if parameters.flag(body, "logprobs") else None
+    if top > _MOST_LOGPROBS or (top and told is None):
+        raise parameters.wrong("top_logprobs", f"must be at most {_MOST_LOGPROBS}, and needs logprobs")
     question = Question(
         # A session remembers whom it talks to.
         model=parameters.text(body, "model") if body.get("session") else _model(body),
-        sampling=parameters.sampling(body, limit),
+        sampling=replace(parameters.sampling(body, limit), logprobs=told),
         messages=_messages(body.get("messages")),
         session=parameters.text(body, "session"),
         **asked_shape(body),
     )
-    return _http_question(body, question)
+    return _with_tools(_http_question(body, question), asked_tools(body))
 
 
 def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
@@ -108,8 +121,29 @@ def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
         )
     if not isinstance(prompt, str | list) or not prompt:
         raise parameters.wrong("prompt", "must be a text or a list of token ids, and not empty")
+    told = parameters.integer(body, "logprobs", 0)
+    if told is not None and told > _MOST_LOGPROBS:
+        raise parameters.wrong("logprobs", f"must be at most {_MOST_LOGPROBS}")
     sampling = parameters.sampling(body, parameters.integer(body, "max_tokens", 1) or 16)
+    sampling = replace(sampling, logprobs=told)
     return _http_question(body, Question(model=_model(body), sampling=sampling, prompt=prompt, **asked_shape(body)))
+
+
+def _with_tools(asked: HttpQuestion, tools: AskedTools | None) -> HttpQuestion:
+    question = asked.question
+    about_tools = tools is not None or any(message.keys() - {"role", "content"} for message in question.messages)
+    if about_tools and question.session:
+        raise parameters.wrong("tools", "cannot be used in a session, which keeps texts only")
+    if tools is None:
+        return asked
+    if tools.forced:
+        if question.constraint is not None:
+            raise parameters.wrong("tool_choice", f"asks for a call beside {question.shape_field}; take one of them")
+        # Half a call is of no use to anyone.
+        question = replace(question, constraint=tools.constraint, shape_field="tools", cut_is_error=True)
+    if tools.choice != "none":
+        question = replace(question, tools=tools.tools)
+    return replace(asked, question=question, tools=tools)
 
 
 def _http_question(body: Mapping[str, Any], question: Question) -> HttpQuestion:
@@ -129,17 +163,18 @@ def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise parameters.wrong("messages", "must be a list with at least one message")
     return [_message(position, message) for position, message in enumerate(value)]
 
 
-def _message(position: int, message: Any) -> dict[str, str]:
+def _message(position: int, message: Any) -> dict[str, Any]:
     where = f"messages[{position}]"
     if not isinstance(message, dict):
         raise parameters.wrong("messages", f"holds something that is no message at {where}")
-    extra = [name for name, value in message.items() if name not in ("role", "content") and value not in (None, [])]
+    known = ("role", "content", *_OF_TOOLS.get(str(message.get("role")), ()))
+    extra = [name for name, value in message.items() if name not in known and value not in (None, [])]
     if extra:
         raise parameters.wrong("messages", f"has {extra[0]} at {where}, which this server does not support")
     role, content = _ROLES.get(str(message.get("role"))), message.get("content")
@@ -154,9 +189,19 @@ def _message(position: int, message: Any) -> dict[str, str]:
         ):
             raise parameters.wrong("messages", f"has a part at {where} that is no text; only text is supported")
         content = "".join(part["text"] for part in content)
+    calls = tool_calls(position, message.get("tool_calls")) if message.get("tool_calls") else []
+    if content is None and calls:
+        content = ""
     if not isinstance(content, str):
         raise parameters.wrong("messages", f"has no text as content at {where}")
-    return {"role": role, "content": content}
+    read: dict[str, Any] = {"role": role, "content": content}
+    if calls:
+        read["tool_calls"] = calls
+    if role == "tool":
+        read["tool_call_id"] = parameters.text(message, "tool_call_id")
+        if not read["tool_call_id"]:
+            raise parameters.wrong("messages", f"has a tool's answer without tool_call_id at {where}")
+    return read
 
 
 def _model(body: Mapping[str, Any]) -> str:

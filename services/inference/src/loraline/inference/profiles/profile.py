@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from loraline.core.errors import LoralineError, invalid_argument
 from loraline.inference.engines.port import Constraint
 from loraline.inference.language.rules import check_names
+from loraline.inference.structured.schema import with_bounded_texts
 from loraline.inference.structured.shape import shape_of
 
 _MOST_BYTES = 1024 * 1024
+LONGEST_TEXT = 1000
+"""Characters of an answer's text that its schema does not bound: a model that loops on blanks ends there."""
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 EVENTS_OF_OUR_OWN = frozenset({"close", "error", "figures", "message"})
 
@@ -79,7 +82,7 @@ class Profile(_Part):
     system_prompt: Annotated[str, StringConstraints(max_length=20_000)] = ""
     input: Inputs = Inputs()
     answer: dict[str, Any]
-    """JSON schema of the answer."""
+    """JSON schema of the answer. Its texts have at most LONGEST_TEXT characters where it says nothing else."""
     language: Language = Language()
     stream: Streamed | None = None
     sampling: ProfileSampling = ProfileSampling()
@@ -112,7 +115,7 @@ def read_profile(path: Path) -> Profile:
         first = error.errors()[0]
         _refuse(path, ".".join(str(part) for part in first["loc"]), first["msg"])
     _check(profile, path)
-    return profile
+    return profile.model_copy(update={"answer": with_bounded_texts(profile.answer, LONGEST_TEXT)})
 
 
 def _check(profile: Profile, path: Path) -> None:

@@ -34,12 +34,14 @@ async def whole(generation: Generation, question: Question) -> Answer:
     raise AssertionError("the last attempt returns or raises")
 
 
-async def streamed(generation: Generation, question: Question) -> AsyncGenerator[tuple[Answer, Piece], None]:
+async def streamed(
+    generation: Generation, question: Question, *, held: bool = False
+) -> AsyncGenerator[tuple[Answer, Piece], None]:
     """Yield the pieces of an answer as they come; its last piece only when the whole is what was asked.
 
-    With retries the pieces are held until then: what was sent cannot be taken back.
+    With retries, or when `held` says so, the pieces are held until then: what was sent cannot be taken back.
     """
-    if question.retries and question.shaped:
+    if held or (question.retries and question.shaped):
         answer = await whole(generation, question)
         for piece in answer.held():
             yield answer, piece

@@ -52,6 +52,24 @@ def decodable(schema: Mapping[str, Any], field: str, rule: LanguageRule | None) 
     return _Rewriting(field, rule).schema(dict(schema), "")
 
 
+def with_bounded_texts(schema: Any, most: int) -> Any:
+    """Return a schema whose texts have at most `most` characters where it says nothing: models may loop on blanks."""
+    if isinstance(schema, list):
+        return [with_bounded_texts(part, most) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for name, value in schema.items():
+        if name in _VALUES:
+            found[name] = value
+        elif name in _MAPS and isinstance(value, dict):
+            found[name] = {key: with_bounded_texts(part, most) for key, part in value.items()}
+        else:
+            found[name] = with_bounded_texts(value, most)
+    bounded = {"maxLength", "enum", "const", "pattern", "format"} & found.keys()
+    return {**found, "maxLength": most} if "string" in _types(found) and not bounded else found
+
+
 def refused(field: str, why: str) -> LoralineError:
     """Return INVALID_ARGUMENT STRUCTURE_INVALID for a shape that cannot be used."""
     message = f"{field} cannot be used: {why.rstrip('.')}."

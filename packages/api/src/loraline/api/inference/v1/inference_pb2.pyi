@@ -986,6 +986,7 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_LOADED_ADAPTERS_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
     NOT_READY_BECAUSE_FIELD_NUMBER: _builtins.int
+    DIAGNOSES_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Engine: `vllm` or `transformers`."""
     engine_version: _builtins.str
@@ -1010,6 +1011,12 @@ class GetCapabilitiesResponse(_message.Message):
     def base(self) -> Global___ServedModel:
         """Served base model."""
 
+    @_builtins.property
+    def diagnoses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Diagnosis]:
+        """Problems found on the server's machine before the engine was built, and what it failed at, gravest first; empty when
+        none are known.
+        """
+
     def __init__(
         self,
         *,
@@ -1023,14 +1030,67 @@ class GetCapabilitiesResponse(_message.Message):
         max_loaded_adapters: _builtins.int = ...,
         chat_template_sha256: _builtins.str = ...,
         not_ready_because: _builtins.str = ...,
+        diagnoses: _abc.Iterable[Global___Diagnosis] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "contract", b"contract"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "chat_template_sha256", b"chat_template_sha256", "contract", b"contract", "engine", b"engine", "engine_version", b"engine_version", "max_loaded_adapters", b"max_loaded_adapters", "max_model_len", b"max_model_len", "max_n", b"max_n", "max_tokens", b"max_tokens", "not_ready_because", b"not_ready_because"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "chat_template_sha256", b"chat_template_sha256", "contract", b"contract", "diagnoses", b"diagnoses", "engine", b"engine", "engine_version", b"engine_version", "max_loaded_adapters", b"max_loaded_adapters", "max_model_len", b"max_model_len", "max_n", b"max_n", "max_tokens", b"max_tokens", "not_ready_because", b"not_ready_because"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetCapabilitiesResponse: _TypeAlias = GetCapabilitiesResponse  # noqa: Y015
+
+@_typing.final
+class Diagnosis(_message.Message):
+    """A known problem, with its cure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ExplanationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Its reason, such as `GPU_MEMORY_TOO_SMALL`: an anchor of docs/troubleshooting.md."""
+    message: _builtins.str
+    """What was found, with figures, or the engine's own words."""
+    @_builtins.property
+    def explanations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What happened and what to do, by language: `en`, `zh`, `ko`."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        explanations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Diagnosis: _TypeAlias = Diagnosis  # noqa: Y015
 
 @_typing.final
 class Profile(_message.Message):

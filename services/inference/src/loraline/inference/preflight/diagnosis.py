@@ -1,0 +1,63 @@
+"""What is known of why an engine cannot start: found before, or recognised in its own words."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from loraline.core.diagnostics import find
+from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.preflight import Finding, recognised
+from loraline.inference.config import InferenceSettings
+from loraline.inference.preflight.engine import check_engine
+from loraline.inference.preflight.gpu import too_little_memory
+from loraline.inference.readiness import Readiness
+
+_log = structlog.get_logger(__name__)
+_HOPELESS = frozenset({"GPU_MEMORY_TOO_SMALL"})
+"""Found before, these end a start: the engine would take minutes to say the same in fewer words."""
+
+
+class Diagnoses:
+    """The problems of the last start, for GetCapabilities."""
+
+    def __init__(self, settings: InferenceSettings, readiness: Readiness):
+        self._settings = settings
+        self._readiness = readiness
+        self.findings: list[Finding] = []
+
+    async def before(self, engine: str, described: str) -> None:
+        """Look at the machine. FAILED_PRECONDITION MODEL_LOAD_FAILED names what the engine cannot start without."""
+        self.findings = []
+        if engine != "vllm":
+            return
+        found = await asyncio.to_thread(lambda: list(check_engine(self._settings)))
+        self.findings = [finding for finding in found if finding.level != "ok"]
+        for finding in self.findings:
+            _log.warning("preflight", check=finding.check, reason=finding.reason, said=finding.said)
+        for finding in self.findings:
+            if finding.reason in _HOPELESS:
+                message = f"{described} cannot be loaded with {engine}: {finding.said}"
+                raise failed_precondition("MODEL_LOAD_FAILED", message, engine=engine, cause=finding.reason)
+
+    def known(self) -> list[Finding]:
+        """Return the findings, and before them the cause of a load that failed otherwise, where it has an entry."""
+        cause, why = self._readiness.cause, self._readiness.why_not
+        if not cause or find(cause) is None or any(finding.reason == cause for finding in self.findings):
+            return list(self.findings)
+        return [Finding("model", "failed", why, cause), *self.findings]
+
+    def failed(self, engine: str, described: str, error: Exception) -> LoralineError:
+        """Return FAILED_PRECONDITION MODEL_LOAD_FAILED, with the cause and its cure where the words are known."""
+        said = f"{type(error).__name__}: {error}"
+        message = f"{described} cannot be loaded with {engine}: {said.rstrip(' .')}."
+        known = recognised(said, "engine")
+        if known is None:
+            message += " The log has the engine's own words above this line."
+            return failed_precondition("MODEL_LOAD_FAILED", message, model=described, engine=engine)
+        self.findings = [known, *(finding for finding in self.findings if finding.reason != known.reason)]
+        advice = too_little_memory(said, self._settings.gpu_memory_utilization)
+        cure = known.explained().rpartition("→ ")[2]
+        message = " ".join(filter(None, (message, advice, cure)))
+        return failed_precondition("MODEL_LOAD_FAILED", message, model=described, engine=engine, cause=known.reason)
