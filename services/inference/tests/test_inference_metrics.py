@@ -1,0 +1,39 @@
+"""Series by adapter: there while the adapter can be asked, gone with it. What alerts wait for begins at zero."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from loraline.inference.metrics import InferenceMetrics
+
+
+def _lines(registry: CollectorRegistry) -> list[str]:
+    return generate_latest(registry).decode().splitlines()
+
+
+def test_series_by_adapter_go_with_the_adapter() -> None:
+    registry = CollectorRegistry()
+    metrics = InferenceMetrics(registry)
+    metrics.adapter_answered("mareva:v1", "ok", 0.2)
+    metrics.adapter_answered("mareva:v1", "cancelled", 0.1)
+    metrics.adapter_answered("harbour:v2", "ok", 0.3)
+    requests = 'loraline_inference_adapter_requests_total{adapter="mareva:v1",outcome="ok"} 1.0'
+    seconds = 'loraline_inference_adapter_request_seconds_count{adapter="mareva:v1"} 2.0'
+    assert requests in _lines(registry)
+    assert seconds in _lines(registry)
+    metrics.forget_adapter("mareva:v1")
+    text = "\n".join(_lines(registry))
+    assert "mareva" not in text
+    assert 'adapter="harbour:v2"' in text
+    metrics.forget_adapters()
+    assert "harbour" not in "\n".join(_lines(registry))
+
+
+def test_refusals_that_page_stand_at_zero_before_the_first() -> None:
+    registry = CollectorRegistry()
+    InferenceMetrics(registry)
+    lines = _lines(registry)
+    for result in ("loaded", "PROOF_FAILED", "RECEIPT_MISMATCH"):
+        assert f'loraline_inference_adapter_loads_total{{result="{result}"}} 0.0' in lines
+    assert 'loraline_inference_engine_restarts_total{cause="died"} 0.0' in lines
+    assert 'loraline_inference_refused_total{reason="QUEUE_FULL"} 0.0' in lines
