@@ -99,6 +99,7 @@ _UNITS = {
     "_nats": "nats",
     "_bytes_per_second": "bytes a second",
     "_tokens_per_second": "tokens a second",
+    "_samples_per_second": "rows a second",
     "_loss": "nats per token",
     "_perc": "0 to 1",
 }

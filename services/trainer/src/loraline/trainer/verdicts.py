@@ -10,7 +10,7 @@ from loraline.core.errors import LoralineError
 from loraline.core.jobs.context import JobContext
 from loraline.trainer.diagnosis.history import from_curve
 from loraline.trainer.diagnosis.judging import judge
-from loraline.trainer.diagnosis.signs import Facts
+from loraline.trainer.diagnosis.sign import facts_of
 from loraline.trainer.metrics import verdict_name
 
 
@@ -19,9 +19,7 @@ def verdict_of(result: pb.TrainResult, planned_epochs: float) -> str:
     history = from_curve(result.loss_curve, epochs=result.epochs, planned_epochs=planned_epochs)
     if not history.points:
         return verdict_name(pb.VERDICT_NO_SIGNAL)
-    receipt = result.receipt
-    facts = Facts(rows=receipt.rows, rows_teaching_eos=receipt.rows_teaching_eos, trained_tokens=receipt.trained_tokens)
-    return verdict_name(judge(history, facts).verdict)
+    return verdict_name(judge(history, facts_of(result)).verdict)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ FIGURES = {
     "learning_rate": ("learning_rate", "Learning rate of a live run."),
     "grad_norm": ("grad_norm", "Norm of a live run's gradient before clipping."),
     "tokens_per_second": ("tokens_per_second", "Tokens a second of a live run, padding not counted."),
+    "samples_per_second": ("samples_per_second", "Rows, or packed sequences, a second of a live run."),
     "step_seconds": ("step_seconds", "Time of a live run's newest optimizer step."),
     "epoch": ("epochs", "Passes over the data that a live run has made."),
     "gpu_memory_bytes": ("gpu_memory_bytes", "Most GPU memory that a live run has held; absent without a GPU."),

@@ -55,3 +55,19 @@ class Sign:
     def phase(self) -> pb.RunPhase.ValueType:
         """The checklist that it is on."""
         return PHASES[self.code]
+
+
+def facts_of(result: pb.TrainResult, *, earlier: Sequence[History] = (), rank: int = 0) -> Facts:
+    """Return what a finished run's result says besides its curve."""
+    receipt, probes = result.receipt, result.probes
+    return Facts(
+        rows=receipt.rows,
+        rows_teaching_eos=receipt.rows_teaching_eos,
+        trained_tokens=receipt.trained_tokens,
+        earlier=earlier,
+        resumed_from=result.resumed_from,
+        rows_cut=receipt.truncated_rows + receipt.dropped_rows,
+        samples=list(result.samples),
+        probe_shift=probes.max_abs_logprob_shift if probes.probes else None,
+        rank=rank,
+    )

@@ -17,7 +17,7 @@ from loraline.trainer.diagnosis.advice import config_patch
 from loraline.trainer.diagnosis.history import History, from_curve, from_state, from_trainer_state, to_curve
 from loraline.trainer.diagnosis.judging import judge
 from loraline.trainer.diagnosis.page import html_page
-from loraline.trainer.diagnosis.signs import Facts, Sign
+from loraline.trainer.diagnosis.sign import Facts, Sign, facts_of
 from loraline.trainer.spec import resolve
 
 
@@ -74,18 +74,7 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
         raise unsupported("Judging a run of OBJECTIVE_DPO by its loss", remedy)
     facts = Facts(earlier=[other for _, other in known[1:]])
     if job.result.Unpack(result):
-        receipt = result.receipt
-        facts = Facts(
-            rows=receipt.rows,
-            rows_teaching_eos=receipt.rows_teaching_eos,
-            trained_tokens=receipt.trained_tokens,
-            earlier=facts.earlier,
-            resumed_from=result.resumed_from,
-            rows_cut=receipt.truncated_rows + receipt.dropped_rows,
-            samples=list(result.samples),
-            probe_shift=result.probes.max_abs_logprob_shift if result.probes.probes else None,
-            rank=request.parameters.lora.r,
-        )
+        facts = facts_of(result, earlier=facts.earlier, rank=request.parameters.lora.r)
     return Subject(f"Run {name}", history, facts, resolve(request).parameters)
 
 
