@@ -37,7 +37,7 @@ Every command explains itself with --help and writes JSON with --format json.
 Exit codes: 0 fine, 1 a job or its evidence failed, 2 wrong input, 3 no server answers, 4 not allowed.
 """
 PLUGIN_GROUP = "loraline.commands"
-_INSTALL = {"up": "loraline-allinone", "keys": "loraline-core"}
+_INSTALL = {"up": "loraline-allinone", "keys": "loraline-core", "doctor": "loraline-core"}
 
 
 def build() -> typer.Typer:
