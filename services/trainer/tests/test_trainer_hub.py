@@ -14,8 +14,18 @@ from typing import Any
 
 import pytest
 
+from loraline.api.job.v1 import job_pb2
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.config import CoreSettings
+from loraline.core.errors import LoralineError
+from loraline.core.jobs.runner import JobRunner
+from loraline.core.serving.server import open_platform
 from loraline.core.testing.hub import COMMIT, SmallHub, small_hub
+from loraline.core.testing.waiting import until_state
+from loraline.trainer.config import TrainerSettings
+from loraline.trainer.servicer import IMPORT_MODEL, TrainerServicer
 
+ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 MODEL = "harbour/tiny"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 FILES = {
@@ -206,3 +216,47 @@ def test_a_download_that_breaks_off_says_what_came(hub: SmallHub, home: Path) ->
     assert time.monotonic() - begin < 90
     hub.torn.clear()
     assert ask(home, hub.url, "download")["commit"] == COMMIT
+
+
+@pytest.mark.slow
+async def test_a_pulled_model_is_an_artifact_that_needs_no_hub_any_more(
+    hub: SmallHub, home: Path, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job runs in its own process with HF_ENDPOINT and HF_HOME, as on a connected machine."""
+    from huggingface_hub import constants
+
+    hub.models[MODEL] = {path.name: path.read_bytes() for path in small_base.iterdir() if path.is_file()} | {
+        "pytorch_model.bin": b"pickle",
+        "evil.py": b"raise SystemExit",
+    }
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+    # What the library has read from its environment when it was loaded in this process.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    platform = open_platform(CoreSettings(data_dir=tmp_path / "data", auth="off", poll_seconds=0.1))
+    service = TrainerServicer(platform, TrainerSettings(hub_timeout_seconds=5))
+    request = pb.ImportModelRequest(name="carried", source=pb.BaseModel(hub_id=MODEL))
+    nothing: Any = None
+    gone = pb.ImportModelRequest(name="gone", source=pb.BaseModel(hub_id="harbour/nothing"))
+    with pytest.raises(LoralineError) as caught:
+        await service.ImportModel(gone, nothing)
+    assert caught.value.reason == "HUB_MODEL_MISSING", "told at once, not by a job"
+    runner = JobRunner(platform.settings, platform.jobs.table, [IMPORT_MODEL])
+    await runner.start()
+    try:
+        job = (await service.ImportModel(request, nothing)).job
+        job = await until_state(platform.jobs, job.name, ENDED, seconds=200)
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
+        result = pb.ModelResult()
+        assert job.result.Unpack(result)
+        folder = platform.library.fetch(result.model)
+    finally:
+        await runner.drain()
+        platform.database.close()
+    assert result.revision == COMMIT and result.parameters > 0
+    names = {path.name for path in folder.iterdir()}
+    assert not names & {"pytorch_model.bin", "evil.py"}
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (small_base / name).read_bytes()
