@@ -135,7 +135,8 @@ async def test_a_key_at_its_quota_gives_way_to_the_next_one(
     models.behave = {"first-1": after(4, limit), "first-2": well, "second-1": well}
     done = await ask(tmp_path)
     assert len({row.messages[0]["content"] for row in done.rows}) == 30
-    assert 4 < models.asked["first-1"] <= 4 + 3
+    # Three are under way when the limit is told; a slow machine may try the key again after its back-off of 10 ms.
+    assert 4 < models.asked["first-1"] <= 4 + 3 + 3
     assert models.asked["first-2"] == 6
     assert models.asked["second-1"] == 0
 
