@@ -141,9 +141,14 @@ def _shared() -> list[Any]:
     ]
 
 
+def _plain(_logger: object, _method: str, event: Event) -> Event:
+    event.pop("color_message", None)  # uvicorn's text once more, for terminals
+    return event
+
+
 def _formatter(renderer: Any) -> structlog.stdlib.ProcessorFormatter:
     # A library's arguments are put into its text before masking, so nothing slips through as an argument.
-    foreign = [structlog.stdlib.ExtraAdder(), structlog.stdlib.PositionalArgumentsFormatter(), *_shared()]
+    foreign = [structlog.stdlib.ExtraAdder(), structlog.stdlib.PositionalArgumentsFormatter(), _plain, *_shared()]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=foreign,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
