@@ -70,7 +70,13 @@ async def test_log_probabilities_of_chats(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_log_probabilities_of_completions(client: openai.AsyncOpenAI) -> None:
-    asked: Any = {"model": "toy", "prompt": "Hello", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    asked: Any = {
+        "model": "toy",
+        "prompt": "Where do the boats go? Out past the",
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": 2,
+    }
     told = (await client.completions.create(**asked)).choices[0].logprobs
     assert told is not None
     assert told.tokens
@@ -234,10 +240,14 @@ async def curl(served: Served, path: str, body: Any) -> tuple[str, bytes]:
     return head.decode().lower(), rest
 
 
+def first_choices(chunks: list[Any]) -> list[Any]:
+    return [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+
+
 async def test_raw_events_by_curl(served: Served) -> None:
     bodies: list[tuple[str, Any]] = [
         ("/v1/chat/completions", {"messages": HELLO}),
-        ("/v1/completions", {"prompt": "Hello"}),
+        ("/v1/completions", {"prompt": "Where do the boats go? Out past the"}),
     ]
     for path, body in bodies:
         asked = {"model": "toy", "max_tokens": 7, "temperature": 0, "stream": True, **body}
@@ -251,8 +261,13 @@ async def test_raw_events_by_curl(served: Served) -> None:
         assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
         assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
         assert chunks[-1]["choices"] == []
-        assert chunks[-1]["usage"]["completion_tokens"] == 7
-        assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+        _, answer = await curl(served, path, {**asked, "stream": False})
+        whole = json.loads(answer)
+        assert chunks[-1]["usage"] == whole["usage"]
+        assert chunks[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+        said = [one["delta"].get("content") if "delta" in one else one["text"] for one in first_choices(chunks)]
+        last = whole["choices"][0]
+        assert "".join(filter(None, said)) == (last["message"]["content"] if "message" in last else last["text"])
         _, plain = await curl(served, path, asked)
         assert b"usage" not in plain
         head, refused = await curl(served, path, {**asked, "temperature": 9})
