@@ -230,6 +230,10 @@ STAYS_QUIET: dict[str, list[Case]] = {
         Case(_grpc("0+1x40", "0+1x40"), 30),  # two calls a minute say nothing
     ],
     "DiskAlmostFull": [Case(_disk("300x300"), 20)],
-    "DiskFillsSoon": [Case(_disk("390x300"), 240), Case(_disk("900-1x300"), 240)],
+    "DiskFillsSoon": [
+        Case(_disk("390x300"), 240),
+        Case(_disk("900-1x300"), 240),
+        Case(_disk("_x200 390-1x60"), 250),  # minutes say nothing of hours
+    ],
     "GpuMemoryAlmostFull": [Case(_gpu("72x60"), 30)],  # what vLLM takes by its default
 }
