@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 
 import grpc
 import grpc.aio
@@ -373,12 +372,16 @@ class Trainer(Part, trainer_pb2_grpc.TrainerServiceServicer):
         job = await self.p.submit("trainer.train", request, train_work, context)
         return trainer_pb2.TrainResponse(job=job)
 
+    async def PlanRun(self, request, context):
+        check = trainer_pb2.PlanCheck(code="NO_GPU", message="There is no GPU.", remedy="Take a machine with one.")
+        return trainer_pb2.PlanRunResponse(ok=True, total_steps=8, memory_bytes={"total": 2500000000}, checks=[check])
+
     async def GetRun(self, request, context):
         jobs = [job for job in self.p.jobs.values() if job.kind == "trainer.train"]
         if not jobs:
             await refuse(context, grpc.StatusCode.NOT_FOUND, "RUN_MISSING", "There is no such run.")
-        run = trainer_pb2.Run(name=request.name, job=jobs[-1].name, state=jobs[-1].state)
-        run.checkpoints.add(step=8, epoch=3.0, loss=0.4)
+        points = [trainer_pb2.Checkpoint(step=8, epoch=3.0, loss=0.4)]
+        run = trainer_pb2.Run(name=request.name, job=jobs[-1].name, state=jobs[-1].state, checkpoints=points)
         return trainer_pb2.GetRunResponse(run=run)
 
     async def CreateTinyModel(self, request, context):
@@ -494,4 +497,3 @@ async def main():
 
 if __name__ == "__main__":
     asyncio.run(main())
-    sys.exit(0)

@@ -139,6 +139,10 @@ def test_without_flag_and_terminal_the_earlier_run_is_kept_aside(address: str, p
     assert piped(pipeline, address).returncode == 0
     done = piped(changed(pipeline, 4), address)
     assert done.returncode == 0 and "Which?" not in done.stdout + done.stderr
+    # The trainer's checklist is told before the run, and nothing of it where nothing is trained.
+    assert "train: There is no GPU. Take a machine with one." in done.stdout
+    assert "train: planned: 8 steps, about 2.50 GB of memory" in done.stdout
+    assert "planned: 8 steps" not in piped(pipeline, address).stdout
     assert set(policies(address)) == {NAMES["backup"]}
     refused = piped(changed(pipeline, 3), address, "--existing-run", "nonsense")
     assert refused.returncode == 2 and "overwrite" in refused.stdout + refused.stderr

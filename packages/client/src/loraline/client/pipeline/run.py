@@ -17,6 +17,7 @@ from loraline.client import tracing
 from loraline.client.aio import AsyncLoraline
 from loraline.client.errors import LoralineApiError
 from loraline.client.pipeline import serving
+from loraline.client.pipeline.checklist import tell_doubts
 from loraline.client.pipeline.plan import PlannedStage, plan
 from loraline.client.pipeline.report import AskedPrompt, Observer, PipelineReport, StageOutcome
 from loraline.client.pipeline.spec import DatasetRequest, PipelineSpec, artifact_place
@@ -204,25 +205,28 @@ class PipelineRun:
 
         start = self._client.trainer.train
         result = trainer_pb2.TrainResult
-        return await self._jobs.run("train", "trainer", start, request, inputs, result, finish, self._decide)
+        return await self._jobs.run("train", "trainer", start, request, inputs, result, finish, self._before_training)
 
-    async def _decide(self, request: trainer_pb2.TrainRequest) -> None:
+    async def _before_training(self, request: trainer_pb2.TrainRequest) -> None:
         """Say what becomes of an earlier run of this name, where the file does not: told, asked, or kept aside."""
         if self._existing.told:
             request.existing_run = self._existing.told
-        if request.existing_run:
-            return
+        if not request.existing_run:
+            request.existing_run = await self._choice(request.name)
+        await tell_doubts(self._client, request, lambda text: self._observer.remark("train", text))
+
+    async def _choice(self, name: str) -> trainer_pb2.ExistingRunPolicy.ValueType:
         # A pipeline is there to be changed and run again: what an earlier run of this name left is kept aside.
-        request.existing_run = trainer_pb2.EXISTING_RUN_POLICY_BACKUP_AND_RESTART
+        default = trainer_pb2.EXISTING_RUN_POLICY_BACKUP_AND_RESTART
         if self._existing.ask is None:
-            return
+            return default
         try:
-            run = await self._client.trainer.run(request.name)
+            run = await self._client.trainer.run(name)
         except LoralineApiError as error:
             if error.code is grpc.StatusCode.NOT_FOUND:
-                return
+                return default
             raise
-        request.existing_run = await self._existing.ask(run)
+        return await self._existing.ask(run)
 
     async def _contract(self) -> trainer_pb2.ServingContract | None:
         """Return what the serving side can take, whatever base it serves now; None when no adapter will be served."""
