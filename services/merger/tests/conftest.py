@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -94,6 +97,69 @@ def build_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> PreTrai
 
 MakeBase = Callable[..., Path]
 MakeAdapter = Callable[..., Path]
+SENTENCES = [
+    "where is the boat? it is in the harbour, behind the old wall.",
+    "the keeper counted the lamps and went up the stairs.",
+    "a number of boats, not a name.",
+] * 8
+ENDS_WITH = 70
+"""The one token that models of `end_answers` say before they end."""
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of Llama 2's kind: byte fallback, and the ids 0, 1, 2 for <unk>, <s>, </s>."""
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_prefix=str(prefix), vocab_size=VOCABULARY, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, model_type="bpe", normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def shared_llama2(shared_base: MakeBase, sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound folder whose one vocabulary is tokenizer.model, which loaders find by its name; nobody writes to it."""
+    folder = shutil.copytree(shared_base("llama"), tmp_path_factory.mktemp("llama2") / "model")
+    return only_sentencepiece(folder, sentencepiece_model, tokenizer_class="LlamaTokenizer")
+
+
+@pytest.fixture(scope="session", name="only_sentencepiece")
+def only_sentencepiece_fixture() -> Callable[..., Path]:
+    return only_sentencepiece
+
+
+@pytest.fixture(scope="session", name="end_answers")
+def end_answers_fixture() -> Callable[..., None]:
+    return end_answers
+
+
+def only_sentencepiece(folder: Path, model: Path, **config: Any) -> Path:
+    """Give a folder the SentencePiece model as its only vocabulary, as Llama 2 has it; `config` for its config."""
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokens, **config}))
+    for name in ("config.json", "generation_config.json"):
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **ids}))
+    return folder
+
+
+def end_answers(folder: Path, eos: int = 2) -> None:
+    """Make a Llama answer every prompt with ENDS_WITH and then the end token, and again if nobody stops it.
+
+    By construction: its layers add nothing, so the last token alone decides, and the head answers it with the next.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensor.fill_(1.0 if tensor.dim() == 1 else 0.0)
+        if name.endswith("embed_tokens.weight"):
+            tensor[:, 0], tensor[ENDS_WITH, 0], tensor[ENDS_WITH, 1] = 1.0, 0.0, 1.0
+    tensors["lm_head.weight"][ENDS_WITH, 0] = tensors["lm_head.weight"][eos, 1] = 10.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture

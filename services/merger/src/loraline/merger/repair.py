@@ -13,8 +13,15 @@ from loraline.core.evidence.receipt import load_receipt
 from loraline.merger.check.dimensions import head_dim
 from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding
-from loraline.merger.check.folder import check_folder, check_weights
-from loraline.merger.check.tokenizer import UNLOADABLE_CLASSES, right_eos, stopping_ids, token_ids
+from loraline.merger.check.folder import base_eos, check_folder, check_weights
+from loraline.merger.check.tokenizer import (
+    TOKENIZER_CONFIG,
+    UNLOADABLE_CLASSES,
+    right_eos,
+    sentencepiece_class,
+    stopping_ids,
+    token_ids,
+)
 from loraline.merger.check.tokens import TokenizerFiles, chat_template, read_tokenizer
 from loraline.merger.json_files import read_json
 from loraline.merger.sync import TOKENIZER_FILES, files_to_sync, write_json
@@ -86,15 +93,27 @@ def _tokenizer_and_configs(folder: Path) -> tuple[TokenizerFiles, dict[str, Any]
 
 def _blank_eos(folder: Path, finding: Finding, base: Path | None) -> None:
     files, config, generation = _tokenizer_and_configs(folder)
-    right = right_eos(files, config, generation)
+    right = base_eos(base) or right_eos(files, config, generation)
     content = _read(folder / finding.file)
     old = content.get("eos_token")
-    content["eos_token"] = {**old, "content": right} if isinstance(old, dict) else right
+    whole = isinstance(old, dict) and ("__type" in old or finding.file != TOKENIZER_CONFIG)  # others do not load
+    content["eos_token"] = {**old, "content": right} if whole else right
     write_json(folder / finding.file, content)
 
 
-def _name_vocabulary(folder: Path, finding: Finding, base: Path | None) -> None:
-    _edit(folder / finding.file, vocab_file="tokenizer.model")
+def _lead_to_vocabulary(folder: Path, finding: Finding, base: Path | None) -> None:
+    """Leave nothing in tokenizer_config.json that leads loaders past tokenizer.model; they find it by its name.
+
+    Naming it would not do: transformers 4 takes the name for a path from where the server was started.
+    """
+    content, right = _read(folder / finding.file), sentencepiece_class(_read(folder / "config.json"))
+    if "vocab_file" in content and content["vocab_file"] is None:
+        del content["vocab_file"]
+        write_json(folder / finding.file, content)
+    elif right:
+        write_json(folder / finding.file, {**content, "tokenizer_class": right})
+    else:
+        _restore(folder, finding, base)
 
 
 def _tokenizer_class(folder: Path, finding: Finding, base: Path | None) -> None:
@@ -120,9 +139,10 @@ def _bos_ids(folder: Path, finding: Finding, base: Path | None) -> None:
 
 def _named_files(folder: Path, finding: Finding, base: Path | None) -> None:
     """Forget names of files that are not there; the loader then finds those that are by their usual names."""
-    config = _read(folder / finding.file)
+    config, files = _read(folder / finding.file), read_tokenizer(folder)
     for name in ("vocab_file", "tokenizer_file"):
-        if config.get(name) and not (folder / str(config[name])).is_file():
+        here = isinstance(config.get(name), str) and (folder / config[name]).is_file()
+        if config.get(name) and (not here or (name == "vocab_file" and files.sentencepiece_alone)):
             del config[name]
     write_json(folder / finding.file, config)
 
@@ -237,7 +257,7 @@ def _base_config(folder: Path, finding: Finding, base: Path | None) -> None:
 
 _REPAIRS: dict[str, Callable[[Path, Finding, Path | None], None]] = {
     "EOS_TOKEN_BLANK": _blank_eos,
-    "TOKENIZER_MODEL_UNNAMED": _name_vocabulary,
+    "TOKENIZER_MODEL_UNNAMED": _lead_to_vocabulary,
     "TOKENIZER_CLASS_UNKNOWN": _tokenizer_class,
     "EOS_IDS_DISAGREE": _eos_ids,
     "PAD_IDS_DISAGREE": _pad_ids,

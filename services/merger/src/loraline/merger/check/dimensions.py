@@ -98,7 +98,7 @@ def _head(config: Mapping[str, Any], layout: Layout) -> Iterator[Finding]:
     if head is None and tied is False:
         message = f"tie_word_embeddings is false, but the weights have no {name}."
         remedy = "Set tie_word_embeddings to true, if the base has it so; else save the model again."
-        yield Finding("TIE_WORD_EMBEDDINGS_MISMATCH", "error", CONFIG, message, remedy, True)
+        yield Finding("TIE_WORD_EMBEDDINGS_MISMATCH", "error", CONFIG, message, remedy)
     if head is not None and head.shape != layout.embedding.shape:
         message = f"{name} is {list(head.shape)}, the embedding is {list(layout.embedding.shape)}."
         yield Finding("LM_HEAD_MISMATCH", "error", "", message, "Save the model again; one of them was resized alone.")

@@ -26,8 +26,10 @@ from loraline.merger.weights.layout import (
     unnamed_shards,
 )
 
-TOKENIZER = "tokenizer.json"
-_RESTORABLE = {"FILE_MISSING", "FILE_UNREADABLE", "TOKENIZER_MISSING", "SPECIAL_TOKEN_NOT_SINGLE"}
+TOKENIZER, TIED = "tokenizer.json", "tie_word_embeddings"
+_RESTORABLE = {
+    "FILE_MISSING", "FILE_UNREADABLE", "TOKENIZER_MISSING", "TOKENIZER_MODEL_UNNAMED", "SPECIAL_TOKEN_NOT_SINGLE",
+}  # fmt: skip
 """Mended by the base's file, where a base is given."""
 
 
@@ -57,6 +59,10 @@ def check_folder(folder: Path, base: Path | None = None) -> list[Finding]:
 
 def _restorable(finding: Finding, base: Path, rows: int) -> Finding:
     """Mark what a file of the base mends; a tokenizer only where the base's ids fit the embedding."""
+    if finding.code == "TIE_WORD_EMBEDDINGS_MISMATCH":  # an output embedding may be lost: only a tied base tells
+        return replace(finding, repairable=_json(base / "config.json", needed=True)[0].get(TIED) is True)
+    if finding.code == "EOS_TOKEN_BLANK":
+        return replace(finding, repairable=finding.repairable or bool(base_eos(base)))
     if finding.code == "CHAT_TEMPLATE_MISSING":
         return replace(finding, repairable=bool(_template(base)[0]))
     mendable = finding.code in _RESTORABLE or (finding.code, finding.file) == ("TOKEN_ID_OUT_OF_RANGE", TOKENIZER)
@@ -65,6 +71,11 @@ def _restorable(finding: Finding, base: Path, rows: int) -> Finding:
     ids = read_tokenizer(base).ids
     fits = finding.file not in TOKENIZER_FILES or (bool(ids) and bool(rows) and max(ids.values()) < rows)
     return replace(finding, repairable=finding.repairable or fits)
+
+
+def base_eos(base: Path | None) -> str:
+    """Return the end token of a base's tokenizer; empty without a base, or where it has none that can be seen."""
+    return (read_tokenizer(base).token("eos_token") or "").strip() if base is not None else ""
 
 
 def _template(folder: Path) -> tuple[str, list[Finding]]:

@@ -11,6 +11,20 @@ from loraline.merger.check.tokens import SPECIAL_NAMES, TokenizerFiles
 UNLOADABLE_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Class names of transformers 5 that older serving libraries cannot import -> the one every version has."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCEPIECE_CLASSES = {
+    "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer", "phi3": "LlamaTokenizer",
+    "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer", "gemma3_text": "GemmaTokenizer",
+}  # fmt: skip
+"""Model type -> the class that reads its tokenizer.model, in transformers 4 and 5."""
+_BLIND_CLASSES = frozenset(
+    {
+        "PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend", "TokenizersBackend",
+        "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GPTNeoXTokenizerFast",
+        "BloomTokenizerFast", "BertTokenizer", "BertTokenizerFast", "MarianTokenizer", "M2M100Tokenizer",
+        "T5Tokenizer", "T5TokenizerFast", "SiglipTokenizer", "XLNetTokenizer", "XLNetTokenizerFast",
+    }
+)  # fmt: skip
+"""Classes that read another file than tokenizer.model, or make of it what it is not."""
 
 
 def check_tokenizer(
@@ -28,7 +42,7 @@ def check_tokenizer(
             Finding("TOKENIZER_MISSING", "error", "tokenizer.json", message, "Copy the base's tokenizer."),
         ]
     findings += [
-        *_named(files),
+        *_led_past(files, config),
         *_files_named(files),
         *_class(files),
         *_special(files),
@@ -38,34 +52,56 @@ def check_tokenizer(
     return findings
 
 
-def _named(files: TokenizerFiles) -> Iterator[Finding]:
-    if not files.has("tokenizer.model") or files.has("tokenizer.json"):
+def _led_past(files: TokenizerFiles, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Say when tokenizer.model is the only vocabulary and tokenizer_config.json leads loaders past it.
+
+    Loaders find the file by its usual name as long as the class reads it and nothing else is said about its place.
+    """
+    if not files.sentencepiece_alone or files.config.get("auto_map"):
         return
-    if not (files.config.get("vocab_file") or files.config.get("tokenizer_file")):
-        message = "tokenizer.model is the only vocabulary, and neither vocab_file nor tokenizer_file names it."
-        remedy = 'Add "vocab_file": "tokenizer.model"; loaders otherwise fail with "not NoneType".'
-        yield Finding("TOKENIZER_MODEL_UNNAMED", "warning", TOKENIZER_CONFIG, message, remedy, True)
+    code, name = "TOKENIZER_MODEL_UNNAMED", files.config.get("tokenizer_class")
+    if "vocab_file" in files.config and files.config["vocab_file"] is None:
+        message = "vocab_file is null beside tokenizer.model: transformers 4 then opens nothing (not NoneType)."
+        yield Finding(code, "warning", TOKENIZER_CONFIG, message, "Remove vocab_file; tokenizer.model is found.", True)
+    if name is None or (isinstance(name, str) and name in _BLIND_CLASSES):
+        right = sentencepiece_class(config)
+        message = (
+            f"tokenizer.model is the only vocabulary, but tokenizer_class is {name}, which does not read it: loaders "
+            'fail ("expected str, bytes or os.PathLike object, not NoneType"), or split text otherwise without a word.'
+        )
+        remedy = f"Set tokenizer_class to {right}." if right else "Set tokenizer_class to the base's."
+        yield Finding(code, "warning", TOKENIZER_CONFIG, message, remedy, bool(right))
+
+
+def sentencepiece_class(config: Mapping[str, Any]) -> str:
+    """Return the class that reads this model's tokenizer.model; empty when it cannot be told from config.json."""
+    return SENTENCEPIECE_CLASSES.get(str(config.get("model_type")), "")
 
 
 def _files_named(files: TokenizerFiles) -> Iterator[Finding]:
     for name in ("vocab_file", "tokenizer_file"):
         value = files.config.get(name)
-        if isinstance(value, str) and value and not (files.folder / value).is_file():
+        if not isinstance(value, str) or not value:
+            continue
+        message, remedy = "", f"Remove {name}: loaders find the file by its usual name."
+        if not (files.folder / value).is_file():
             message = f"{name} names {value!r}, which is not in the folder."
-            remedy = f"Remove {name}, or name the file beside it."
+        elif name == "vocab_file" and files.sentencepiece_alone:
+            message = f"{name} names {value!r}, which transformers 4 looks for where the server was started, not here."
+        if message:
             yield Finding("TOKENIZER_FILE_MISSING", "warning", TOKENIZER_CONFIG, message, remedy, True)
 
 
 def _class(files: TokenizerFiles) -> Iterator[Finding]:
     name = files.config.get("tokenizer_class")
-    if isinstance(name, str) and name in UNLOADABLE_CLASSES:
+    if isinstance(name, str) and name in UNLOADABLE_CLASSES and not files.sentencepiece_alone:
         message = f"tokenizer_class is {name}, which only transformers 5 has."
         remedy = f"Set it to {UNLOADABLE_CLASSES[name]}, which every version loads."
         yield Finding("TOKENIZER_CLASS_UNKNOWN", "warning", TOKENIZER_CONFIG, message, remedy, True)
 
 
 def _special(files: TokenizerFiles) -> Iterator[Finding]:
-    if not files.ids or not files.has("tokenizer.json"):
+    if not files.ids:
         return
     for name in SPECIAL_NAMES:
         text = files.token(name)

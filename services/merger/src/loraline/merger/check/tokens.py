@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import failed_precondition
+from loraline.merger.check.pieces import piece_ids
 from loraline.merger.json_files import load_object
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -15,7 +16,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files of a folder say; ids are empty when there is no tokenizer.json (a SentencePiece model alone)."""
+    """What the files of a folder say; ids are those of tokenizer.json, else of a SentencePiece tokenizer.model."""
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -27,6 +28,12 @@ class TokenizerFiles:
     def has(self, name: str) -> bool:
         """Whether the folder has the file."""
         return (self.folder / name).is_file()
+
+    @property
+    def sentencepiece_alone(self) -> bool:
+        """Whether tokenizer.model is the only vocabulary, so that loaders must be led to it."""
+        others = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+        return self.has("tokenizer.model") and not any(self.has(name) for name in others)
 
     def token(self, name: str) -> str | None:
         """Return a special token's text, such as that of `eos_token`; None when it is not set anywhere."""
@@ -61,6 +68,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     config = _object(folder / "tokenizer_config.json", unreadable)
     special = _object(folder / "special_tokens_map.json", unreadable)
     ids = _ids(_object(folder / "tokenizer.json", unreadable))
+    if not ids and not (folder / "tokenizer.json").exists():
+        ids = piece_ids(folder / "tokenizer.model")
     ids.update({str(k): v for k, v in _object(folder / "added_tokens.json", unreadable).items() if isinstance(v, int)})
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):

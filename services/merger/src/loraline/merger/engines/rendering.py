@@ -75,20 +75,35 @@ def receipt_mismatches(folder: Path, receipt: TokenReceipt) -> list[RenderingMis
 
 
 def replaced_tokenizer(folder: Path, tokenizer: Any) -> list[Finding]:
-    """Say when transformers makes another tokenizer of tokenizer.json, as it does for some model types."""
-    path = folder / "tokenizer.json"
-    if not path.is_file() or getattr(tokenizer, "backend_tokenizer", None) is None:
+    """Say when transformers makes another tokenizer of its file, as it does for some model types and classes."""
+    path = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    encode = None if path is None else _as_the_file_says(path, tokenizer)
+    if path is None or encode is None:
         return []
-    plain = Tokenizer.from_file(str(path))
     for text in PLAIN_TEXTS:
-        if plain.encode(text, add_special_tokens=False).ids != tokenizer.encode(text, add_special_tokens=False):
+        if encode(text) != tokenizer.encode(text, add_special_tokens=False):
             message = (
-                f"transformers reads tokenizer.json as {type(tokenizer).__name__} and splits text otherwise than the "
+                f"transformers reads {path.name} as {type(tokenizer).__name__} and splits text otherwise than the "
                 "file says: libraries that read the file itself give other ids."
             )
             remedy = "Save the tokenizer anew with transformers, if other libraries shall read it."
             return [Finding("TOKENIZER_REPLACED", "info", path.name, message, remedy)]
     return []
+
+
+def _as_the_file_says(path: Path, tokenizer: Any) -> Callable[[str], list[int]] | None:
+    """Return how the library that made the file splits text; None where that cannot be told."""
+    if path.name == "tokenizer.json":
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            return None
+        plain = Tokenizer.from_file(str(path))
+        return lambda text: plain.encode(text, add_special_tokens=False).ids
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(path)).encode
+    except (ImportError, OSError, RuntimeError):  # not installed; no SentencePiece model, such as one of tiktoken
+        return None
 
 
 def sample_problem(tokenizer: Any, template: str) -> list[Finding]:
