@@ -259,17 +259,20 @@ def test_probes_of_a_larger_vocabulary_are_refused(tmp_path, make_base, make_ada
     assert not list((tmp_path / "work").glob("*.f32"))
 
 
+@pytest.mark.parametrize("merging", [True, False])
 @pytest.mark.parametrize(("number", "fits"), [(0, True), (319, True), (320, False), (-1, False)])
-def test_ids_at_the_edge_of_the_embedding(number, fits):
+def test_ids_at_the_edge_of_the_embedding(number, fits, merging):
     embedding = torch.nn.Embedding(320, 4)
     model = SimpleNamespace(get_input_embeddings=lambda: embedding)
     texts = [MeasuredText("a", (1, 2), (1,)), MeasuredText("b", (1, number), (1,))]
     if fits:
-        _require_tokens(model, texts)
+        _require_tokens(model, texts, merging=merging)
         return
     with pytest.raises(LoralineError) as error:
-        _require_tokens(model, texts)
+        _require_tokens(model, texts, merging=merging)
     assert error.value.metadata["text"] == "b"
+    assert error.value.reason == ("ADAPTER_OF_ANOTHER_BASE" if merging else "TOKEN_ID_OUT_OF_RANGE")
+    assert ("adapter" in error.value.message) == merging  # an export has none to speak of
 
 
 def test_a_quantisation_left_over_in_the_base_is_repaired_in_the_copy(tmp_path, make_base, make_adapter):

@@ -76,6 +76,28 @@ def test_flipped_bits_that_make_no_number(tmp_path, pair):
     assert refused(tmp_path, base, adapter).reason == "MERGE_NOT_FINITE"
 
 
+@pytest.mark.parametrize(("bit", "seen"), [(0, False), (30, True)], ids=["lowest", "exponent"])
+def test_flipped_bits_that_the_merge_only_copies(tmp_path, make_base, make_adapter, bit, seen):
+    """In an artifact every byte is compared (test_merger_jobs). A plain folder has no digests: what changes answers is
+    found by the trainer's probes; what changes none passes, and the report says that nothing else would show it."""
+    base = make_base("llama", torch.float32)
+    adapter = make_adapter(base)
+    digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    edit(adapter / "base_model.json", source="path", path="/models/x", config_sha256=digest)
+    header = read_header(base / WEIGHTS)
+    tensor = next(tensor for tensor in header.tensors if tensor.name == "model.norm.weight")
+    with (base / WEIGHTS).open("r+b") as file:
+        file.seek(header.data_start + tensor.start)
+        value = int.from_bytes(file.read(4), "little") ^ (1 << bit)
+        file.seek(header.data_start + tensor.start)
+        file.write(value.to_bytes(4, "little"))
+    if seen:
+        assert refused(tmp_path, base, adapter).reason == "ADAPTER_CHANGED"
+        return
+    outcome = merge_folders(base, [AdapterInput(adapter)], tmp_path / "work" / "model", MergeOptions())
+    assert any("damaged weight" in remark for remark in outcome.remarks)
+
+
 def test_pickles(tmp_path, pair, make_adapter):
     base, adapter = pair
     torch.save(load_file(adapter / ADAPTER), adapter / "adapter_model.bin")

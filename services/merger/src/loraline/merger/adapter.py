@@ -65,6 +65,7 @@ _NEUTRAL_SETTINGS = frozenset(
         "use_rslora",
     }
 )
+_UNSEEN = "a damaged weight would show in the measured answers only: import the base to have every byte compared"
 _NEUTRAL_STARTS = ("gaussian", "eva")
 """Named initialisations that leave the base as it is."""
 
@@ -233,8 +234,8 @@ def check_base(adapter: Adapter, *, name: str, base: Path, base_digest: str) -> 
     if recorded.get("config_sha256"):
         if recorded["config_sha256"].removeprefix("sha256:") != config_digest:
             raise another_base(name, _describe(recorded), recorded["config_sha256"], config_digest)
-        return [f"{name}: its base was compared by config.json and shapes, as one of the two is no artifact"]
-    return [f"{name}: {BASE_FILE} holds no digest, only shapes were compared"]
+        return [f"{name}: its base was compared by config.json and shapes, as one of the two is no artifact; {_UNSEEN}"]
+    return [f"{name}: {BASE_FILE} holds no digest, only shapes were compared; {_UNSEEN}"]
 
 
 def _describe(recorded: Mapping[str, Any]) -> str:

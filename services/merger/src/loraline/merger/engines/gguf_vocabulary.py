@@ -108,7 +108,7 @@ def _sentencepiece(
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise unsupported("A GGUF of a SentencePiece tokenizer here", "Install sentencepiece.") from error
+        raise unsupported("A GGUF of a SentencePiece tokenizer here", "Install loraline-merger[export].") from error
     _require_llama_like(folder / "tokenizer.model")
     processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokens, kinds = _padding(rows)

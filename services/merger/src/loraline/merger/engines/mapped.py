@@ -20,7 +20,11 @@ _PASSED = 64 * 1024 * 1024
 
 
 class MappedShard:
-    """Gives rows as read-only views of the file; they must not be used after the next call but one, nor written to."""
+    """Gives rows as views of the file, which nobody may write to: the map is read-only, and torch does not know it.
+
+    A view stays valid as long as somebody holds it, even after the end of the `with`: pages that were given back are
+    read again from the file when they are looked at. The file must not change meanwhile.
+    """
 
     def __init__(self, shard: ShardHeader):
         self._shard = shard

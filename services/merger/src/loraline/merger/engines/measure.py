@@ -74,7 +74,7 @@ def compute_reference(
     loaded = load_causal_lm(base, dtype)
     prepare(loaded)
     model = attach_adapters(loaded, adapters) if adapters else loaded
-    _require_tokens(model, texts)
+    _require_tokens(model, texts, merging=bool(adapters))
     reference = Reference(path, 0, texts)
     with path.open("wb") as file:
         for text in texts:
@@ -91,12 +91,18 @@ def compute_reference(
     return reference
 
 
-def _require_tokens(model: Any, texts: Sequence[MeasuredText]) -> None:
-    """Refuse evidence of another vocabulary; on a GPU such an id ends in a device-side assert."""
+def _require_tokens(model: Any, texts: Sequence[MeasuredText], *, merging: bool) -> None:
+    """Refuse evidence of another vocabulary; on a GPU such an id ends in a device-side assert.
+
+    FAILED_PRECONDITION: ADAPTER_OF_ANOTHER_BASE where an adapter is merged, else TOKEN_ID_OUT_OF_RANGE, as the evidence
+    then lies in the model's own folder.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     for text in texts:
         wrong = next((number for number in text.ids if not 0 <= number < rows), None)
-        if wrong is not None:
+        if wrong is None:
+            continue
+        if merging:
             raise failed_precondition(
                 "ADAPTER_OF_ANOTHER_BASE",
                 f"The adapter's evidence ({text.name}) has token id {wrong}, the base has {rows} rows of embeddings. "
@@ -104,6 +110,13 @@ def _require_tokens(model: Any, texts: Sequence[MeasuredText]) -> None:
                 text=text.name,
                 token_id=str(wrong),
             )
+        raise failed_precondition(
+            "TOKEN_ID_OUT_OF_RANGE",
+            f"The model's evidence ({text.name}) has token id {wrong}, its embedding has {rows} rows. "
+            "Receipt or probes in its folder, or its tokenizer, are of another model: merge it again.",
+            text=text.name,
+            token_id=str(wrong),
+        )
 
 
 def measure_folder(
