@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counting_engine import TOY, CountingChoice, CountingEngine, MakeHost, until
+from counting_engine import TOY, CountingChoice, CountingEngine, MakeHost, generation_of, until
 from failing_process import fail
 from served_profiles import widened
 
+from loraline.api.inference.v1 import inference_pb2
 from loraline.core.diagnostics import match
 from loraline.core.errors import LoralineError
 from loraline.core.preflight import recognised
@@ -20,10 +21,10 @@ from loraline.inference.base_model import parse_base
 from loraline.inference.config import InferenceSettings
 from loraline.inference.engines import last_words
 from loraline.inference.engines.choice import EngineChoice
-from loraline.inference.messages import diagnosis_message
 from loraline.inference.preflight import engine, gpu
 from loraline.inference.preflight.diagnosis import Diagnoses
 from loraline.inference.readiness import Readiness
+from loraline.inference.servicer import InferenceServicer
 
 FREE = (
     "ValueError: Free memory on device cuda:0 (13.42/23.53 GiB) on startup is less than desired GPU memory utilization "
@@ -199,7 +200,11 @@ async def test_an_engine_that_cannot_start_is_explained_in_the_status(make_host:
     assert (failed.value.reason, failed.value.metadata["cause"]) == ("MODEL_LOAD_FAILED", "GPU_MEMORY_TOO_SMALL")
     for words in (failed.value.message, host.why_not_ready):
         assert "the highest value that fits now is 0.57." in words
-    [told] = [diagnosis_message(finding) for finding in host.diagnoses.known()]
+    nothing: Any = None
+    servicer = InferenceServicer(host, generation_of(host), nothing, nothing)
+    answer = await servicer.GetCapabilities(inference_pb2.GetCapabilitiesRequest(), nothing)
+    assert answer.not_ready_because == host.why_not_ready
+    [told] = answer.diagnoses
     assert told.reason == "GPU_MEMORY_TOO_SMALL"
     assert "显存" in told.explanations["zh"]
     assert "GPU 메모리" in told.explanations["ko"]
