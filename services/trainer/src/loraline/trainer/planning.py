@@ -59,6 +59,8 @@ def plan(
         checks.append(_failed("SERVING_CONTRACT", "; ".join(problems), remedy))
     elif request.HasField("serving_contract"):
         checks.append(_passed("SERVING_CONTRACT", "The server described can serve the adapter."))
+    for check in checks:
+        check.phase = pb.RUN_PHASE_BEFORE
     answer.checks.extend(sorted(checks, key=lambda check: (check.passed, _RANKS.get(check.severity, 3))))
     answer.ok = all(check.passed or check.severity != job_pb2.SEVERITY_ERROR for check in checks)
     return answer

@@ -71,6 +71,9 @@ class LiveProgress(TrainerCallback):
         logs = logs or {}
         if "loss" in logs:
             self._take_step(logs, state.global_step)
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if self.metrics.get("step_seconds"):
+                self.metrics["samples_per_second"] = rows / self.metrics["step_seconds"]
         elif "eval_loss" in logs:
             self.metrics["eval_loss"] = float(logs["eval_loss"])
         else:

@@ -14,6 +14,7 @@ from loraline.core.evidence.receipt import TokenReceipt
 from loraline.trainer.base_models import ResolvedBase
 from loraline.trainer.engines import adapter_folder, probing, sft
 from loraline.trainer.engines.callbacks import RunObserver
+from loraline.trainer.engines.characters import check_characters
 from loraline.trainer.engines.encoding import ChatEncoder, eos_ids_of
 from loraline.trainer.engines.lengths import LengthRule
 from loraline.trainer.engines.loading import (
@@ -78,7 +79,7 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     longest, vocab_rows = model_limits(base.folder, remote_code=base.trust_remote_code)
     check_vocabulary(tokenizer, vocab_rows)
     encoder = ChatEncoder(tokenizer, eos_ids_of(tokenizer, _generation_eos(base.folder)))
-    data = _prepare(inputs, spec, encoder, longest)
+    data = _prepare(inputs, spec, encoder, longest, observer)
     adapter = _fresh(workdir / "adapter")
     # The receipt is on disk before the first step: what a run trains on is known even if it never ends.
     data.receipt.save(workdir)
@@ -100,8 +101,13 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     return finished
 
 
-def _prepare(inputs: RunInputs, spec: TrainingSpec, encoder: ChatEncoder, longest: int) -> PreparedData:
+def _prepare(
+    inputs: RunInputs, spec: TrainingSpec, encoder: ChatEncoder, longest: int, observer: RunObserver
+) -> PreparedData:
     mixture = mix(inputs.datasets, validation_fraction=inputs.validation_fraction, seed=spec.seed)
+    told = check_characters([*mixture.train, *mixture.validation], encoder.tokenizer)
+    if told:
+        observer.note(told, severity="warning", reason="SPECIAL_CHARACTERS_LOST")
     rule = LengthRule(spec.max_length, spec.length_policy, spec.max_truncated_share)
     if longest:
         rule = replace(rule, max_length=min(rule.max_length, longest))
