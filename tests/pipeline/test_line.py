@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from loraline.api.datagen.v1 import datagen_pb2
 from loraline.api.inference.v1.inference_pb2 import SamplingParameters
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.client import Loraline, LoralineApiError, parse_ref
+from loraline.core.testing.otlp import Collector, TakenSpan, otlp_collector
 from pipeline_deployments import DEPLOYMENTS, Deployment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +35,19 @@ PIPELINE = Path(__file__).parent / "small_persona.yaml"
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    """Take the traces of servers and commands that are started meanwhile."""
+    with otlp_collector() as running, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", running.grpc)
+        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        yield running
+
+
 @pytest.fixture(scope="module", params=list(DEPLOYMENTS))
-def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def deployment(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[Deployment]:
     with DEPLOYMENTS[request.param](tmp_path_factory.mktemp(request.param)) as running:
         yield running
 
@@ -121,6 +134,32 @@ def test_evidence_is_in_the_results(finished: list[dict[str, Any]], client: Lora
     served = {model.name: model for model in client.inference.models()}
     proof = next(model.proof for model in served.values() if model.HasField("proof"))
     assert proof.mean_abs_diff_from_trainer <= proof.bound < proof.max_abs_diff_from_base
+
+
+def test_one_trace_holds_the_line_from_the_file_to_the_answers(
+    finished: list[dict[str, Any]], deployment: Deployment, collector: Collector, client: Loraline
+) -> None:
+    job = next(job.name for job in client.jobs.list() if job.kind == "merger.merge")
+    wanted = {"job datagen.convert", "job trainer.train", "job merger.merge", "merger.merge", "artifact publish"}
+    wanted |= {f"loraline.api.{call}" for call in (
+        "datagen.v1.DatagenService/ConvertDataset", "trainer.v1.TrainerService/Train",
+        "merger.v1.MergerService/Merge", "inference.v1.InferenceService/SetAlias",
+    )}  # fmt: skip
+    spans: list[TakenSpan] = []
+    give_up = time.monotonic() + 20
+    while not wanted <= {span.name for span in spans} and time.monotonic() < give_up:
+        time.sleep(0.2)
+        merges = [span.trace for span in collector.spans() if span.facts.get("loraline.job") == job]
+        spans = collector.spans(merges[0]) if merges else []
+    missing = wanted - {span.name for span in spans}
+    assert not missing, f"not in the trace: {missing}"
+    (first,) = [span for span in spans if not span.parent]
+    assert (first.service, first.name) == ("loraline-cli", "pipeline mareva")
+    stages = {f"loraline-{stage}" for stage in ("datagen", "trainer", "merger")}
+    # In one process the calls are served by `loraline`; each job's process is its stage's either way.
+    stages.add("loraline-inference" if len(deployment.processes) > 1 else "loraline")
+    assert stages <= {span.service for span in spans}
+    assert not [span.name for span in spans if span.failed]
 
 
 def test_running_again_repeats_nothing(
