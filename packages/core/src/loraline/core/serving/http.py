@@ -62,16 +62,15 @@ class MetricsServer:
                 await writer.wait_closed()
 
     async def _answer(self, head: str) -> Answer:
-        line, *headers = head.split("\r\n")
-        parts = line.split(" ")
+        parts = head.partition("\r\n")[0].split(" ")
         if len(parts) != 3:
             return 400, "text/plain", b"not an HTTP request\n"
         method, path = parts[0], parts[1].partition("?")[0]
         if method not in ("GET", "HEAD"):
             return 405, "text/plain", b"only GET\n"
         if path == "/metrics":
-            accept = next((h.partition(":")[2].strip() for h in headers if h.lower().startswith("accept:")), "")
-            encode, kind = choose_encoder(accept)
+            # Never OpenMetrics, which Prometheus would rather have: there the library writes vllm_… for vllm:….
+            encode, kind = choose_encoder("")
             # Collectors may ask the database: not in the event loop.
             return 200, kind, await asyncio.to_thread(encode, self._registry)
         if path == "/healthz":
