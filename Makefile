@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export LORALINE_VENV := $(VENV)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev demo compose test test-fast check lint types imports proto check-proto proto-baseline check-lock check-docs lock sbom release bench endurance clean
+.PHONY: help setup setup-dev demo compose test test-fast check lint types imports proto check-proto proto-baseline check-lock check-docs check-monitoring lock sbom release bench endurance clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ check-docs: setup-dev ## Compare generated pages with a fresh run
 	  $(BIN)/python -W ignore tools/monitoring/dashboards.py "$$fresh"; \
 	  for made in "$$fresh"/*.json; do diff -q "$$made" "deploy/grafana/dashboards/$${made##*/}" >/dev/null || { echo "deploy/grafana/dashboards is stale; run: $(BIN)/python tools/monitoring/dashboards.py"; exit 1; }; done; \
 	  rm -r "$$fresh"; echo "docs/metrics.md and deploy/grafana/dashboards match the code"
+
+check-monitoring: setup-dev ## Real services, a real Prometheus, a load: every query of every panel and alert (minutes)
+	@command -v prometheus >/dev/null || { echo "prometheus is not installed; it has no PyPI package. Debian: apt-get install prometheus"; exit 2; }
+	@$(PYTEST) tests/monitoring/live_check.py $(PYTEST_ARGS)
 
 check-lock: setup-dev ## Compare the pinned requirements with what the packages ask for
 	@PATH="$(PWD)/$(BIN):$$PATH" tools/lock.sh --check

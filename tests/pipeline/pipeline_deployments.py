@@ -30,6 +30,8 @@ class Deployment:
     key: str
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Service -> host:port of its /metrics."""
 
     def log(self, process: str) -> str:
         return (self.folder / f"{process}.log").read_text(errors="replace")
@@ -138,10 +140,11 @@ def four_services(folder: Path) -> Iterator[Deployment]:
         }
         try:
             for stage, address in addresses.items():
+                deployment.metrics[stage] = f"127.0.0.1:{free_port()}"
                 own = {
                     "LORALINE_DATA_DIR": str(folder / stage),
                     "LORALINE_LISTEN": address,
-                    "LORALINE_METRICS_LISTEN": f"127.0.0.1:{free_port()}",
+                    "LORALINE_METRICS_LISTEN": deployment.metrics[stage],
                 }
                 _start(deployment, stage, f"loraline.{stage}", shared | own)
             for stage, address in addresses.items():
