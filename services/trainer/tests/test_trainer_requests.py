@@ -43,10 +43,8 @@ def test_defaults_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize(
     ("request_", "named"),
     [
-        (run(method=pb.METHOD_FULL), "METHOD_FULL"),
-        (run(objective=pb.OBJECTIVE_DPO), "OBJECTIVE_DPO"),
+        (run(method=pb.METHOD_FULL, objective=pb.OBJECTIVE_DPO), "OBJECTIVE_DPO with METHOD_FULL"),
         (run(launcher=pb.LAUNCHER_RAY), "LAUNCHER_RAY"),
-        (run(parameters=pb.TrainingParameters(packing=True)), "packing"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(request_: pb.TrainRequest, named: str) -> None:
@@ -56,7 +54,45 @@ def test_what_is_not_served_is_refused_by_name(request_: pb.TrainRequest, named:
     assert named in caught.value.message
 
 
-@pytest.mark.parametrize("parameters", [pb.TrainingParameters(lr_scheduler="zigzag"), pb.TrainingParameters(seed=-1)])
+@pytest.mark.parametrize(
+    ("asked", "fields"),
+    [
+        ({"lora": pb.LoraParameters(r=8), "quantization": pb.QUANTIZATION_NF4}, {"lora", "quantization"}),
+        ({"dpo_beta": 0.2}, {"dpo_beta"}),
+    ],
+)
+def test_settings_of_another_method_are_named(asked: dict[str, object], fields: set[str]) -> None:
+    with pytest.raises(LoralineError) as caught:
+        training_spec(run(method=pb.METHOD_FULL, parameters=pb.TrainingParameters(**asked)))  # type: ignore[arg-type]
+    assert caught.value.reason == "SETTINGS_CONTRADICT"
+    assert set(caught.value.fields) == {f"parameters.{name}" for name in fields}
+
+
+def test_pairs_take_no_packing_noise_or_splitting() -> None:
+    parameters = pb.TrainingParameters(packing=True, neftune_alpha=5, length_policy=pb.LENGTH_POLICY_SPLIT)
+    with pytest.raises(LoralineError) as caught:
+        training_spec(run(objective=pb.OBJECTIVE_DPO, parameters=parameters))
+    assert {name.rpartition(".")[2] for name in caught.value.fields} == {"packing", "neftune_alpha", "length_policy"}
+    spec = training_spec(run(objective=pb.OBJECTIVE_DPO))
+    assert (spec.preference, spec.dpo_beta, spec.learning_rate) == (True, 0.1, 2e-5)
+
+
+def test_all_weights_have_no_rank() -> None:
+    spec, filled = training_spec(run(method=pb.METHOD_FULL)), resolve(run(method=pb.METHOD_FULL))
+    assert (spec.full, spec.learning_rate, filled.parameters.HasField("lora")) == (True, 2e-5, False)
+    assert training_spec(filled) == spec
+    contract = pb.ServingContract(max_lora_rank=8, target_modules=["q_proj"], vocab_size=2048)
+    assert servability_problems(run(method=pb.METHOD_FULL, serving_contract=contract), vocab_size=2048) == []
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pb.TrainingParameters(lr_scheduler="zigzag"),
+        pb.TrainingParameters(seed=-1),
+        pb.TrainingParameters(report_to=["tensorboard", "fax"]),
+    ],
+)
 def test_senseless_parameters_are_invalid(parameters: pb.TrainingParameters) -> None:
     with pytest.raises(LoralineError) as caught:
         training_spec(run(parameters=parameters))

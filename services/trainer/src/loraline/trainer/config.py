@@ -20,5 +20,7 @@ class TrainerSettings(BaseSettings):
     """How long the Hub may be silent before it counts as out of reach."""
     threads: int = 0
     """CPU threads of a training process; 0 leaves the choice to torch."""
+    ranks: int = Field(default=0, ge=0, le=1024)
+    """Training processes of LAUNCHER_TORCHRUN; 0 for one on each GPU."""
     publish_checkpoints: Literal["auto", "always", "never"] = "auto"
     """Send checkpoints to the artifact store too, so that another machine can go on; `auto` does for an S3 store."""

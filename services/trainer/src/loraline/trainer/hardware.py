@@ -15,27 +15,28 @@ class Hardware:
     gpu: str = ""
     """Name of the first GPU; empty without one."""
     gpu_memory: int = 0
+    gpus: int = 0
     memory: int = 0
     """Main memory that is free for a new process; 0 when unknown."""
 
 
 def look() -> Hardware:
     """Ask nvidia-smi and the kernel; a second at most."""
-    name, gpu_memory = _gpu()
-    return Hardware(name, gpu_memory, _available_memory())
+    name, gpu_memory, gpus = _gpus()
+    return Hardware(name, gpu_memory, gpus, _available_memory())
 
 
-def _gpu() -> tuple[str, int]:
+def _gpus() -> tuple[str, int, int]:
     command = shutil.which("nvidia-smi")
     if command is None:
-        return "", 0
+        return "", 0, 0
     asked = [command, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout
         name, _, mebibytes = answer.splitlines()[0].rpartition(",")
-        return name.strip(), int(mebibytes) * 2**20
+        return name.strip(), int(mebibytes) * 2**20, len(answer.splitlines())
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return "", 0
+        return "", 0, 0
 
 
 def _available_memory() -> int:

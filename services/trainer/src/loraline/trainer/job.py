@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from google.protobuf import json_format
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core import hub
 from loraline.core.artifacts.refs import format_ref
-from loraline.core.errors import failed_precondition
 from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.handlers import StopRequested
 from loraline.trainer.base_models import ResolvedBase, resolve_base
@@ -22,31 +17,29 @@ from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import bring_checkpoint, checkpoints_folder, drop_earlier_checkpoints
 from loraline.trainer.init_adapter import check_base
 from loraline.trainer.observing import ContextObserver
+from loraline.trainer.outcome import as_dict, count_parameters, library_versions, publish
 from loraline.trainer.published import publishing, recover
-from loraline.trainer.results import receipt_summary, train_result
+from loraline.trainer.reporting import prepare_reports
+from loraline.trainer.results import train_result
 from loraline.trainer.rows import LoadedDataset, load_dataset
 from loraline.trainer.spec import not_servable, servability_problems, training_spec
 from loraline.trainer.verdicts import counting_divergence, verdict_of
 
-if TYPE_CHECKING:
-    from loraline.trainer.engines.training import FinishedRun
-
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
-
 
 def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
-    """Run a training job and publish the adapter."""
+    """Run a training job and publish the adapter, or the model where all weights are trained."""
     settings = _start()
     spec = training_spec(request)
+    prepare_reports(spec.report_to, request.name, context.settings.data_dir / "reports")
     if request.existing_run == pb.EXISTING_RUN_POLICY_OVERWRITE:
         drop_earlier_checkpoints(context, request.name)
     elif request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
         bring_checkpoint(context, request.name, spec.epochs, spec.max_steps)
     recover(context, request.name, checkpoints_folder(context.settings.data_dir, context.job))
-    datasets, references = _datasets(context, request)
+    datasets, references = _datasets(context, request, pairs=spec.preference)
     base = _base(context, settings, request.base_model)
     with context.loading():
-        from loraline.trainer.engines import training
+        from loraline.trainer.engines import launching, training
 
     inputs = training.RunInputs(
         name=request.name,
@@ -60,13 +53,18 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
     )
     _check_servable(request, base)
     with publishing(context, settings, request.name) as publisher, counting_divergence(context):
-        finished = training.run(inputs, spec, context.workdir, ContextObserver(context, request.name, publisher))
+        observer = ContextObserver(context, request.name, publisher)
+        if spec.ranks:
+            finished = launching.run_on_ranks(inputs, spec, context.workdir, observer, count=settings.ranks)
+        else:
+            finished = training.run(inputs, spec, context.workdir, observer)
     if finished is None:
         context.check_stop()
         raise StopRequested("handover")
-    adapter = _publish_adapter(context, request, base, references, finished)
-    result = train_result(finished, adapter.ref, base.model)
-    context.count("trainer_runs", verdict=verdict_of(result, request.parameters.epochs))
+    made = publish(context, request, base, references, finished)
+    result = train_result(finished, made.ref, base.model)
+    if not spec.preference:  # DPO's loss starts at 0.69 whatever the data; the bands of answers say nothing about it
+        context.count("trainer_runs", verdict=verdict_of(result, request.parameters.epochs))
     return result
 
 
@@ -76,16 +74,16 @@ def import_model(context: JobContext, request: pb.ImportModelRequest) -> pb.Mode
     base = _base(context, settings, request.source)
     folder = context.workdir / "model"
     _copy_model(context, base, folder)
-    parameters = _count_parameters(folder)
+    parameters = count_parameters(folder)
     inputs = [base.model.artifact] if base.model.HasField("artifact") else []
     artifact = context.publish(
         artifact_pb2.ARTIFACT_KIND_MODEL,
         request.name,
         folder,
         inputs=inputs,
-        settings=_as_dict(request.source),
+        settings=as_dict(request.source),
         facts={"parameters": parameters, "source": base.label, "revision": base.model.revision},
-        library_versions=_versions(),
+        library_versions=library_versions(),
     )
     shutil.rmtree(folder, ignore_errors=True)
     return pb.ModelResult(model=artifact.ref, parameters=parameters, revision=base.model.revision)
@@ -123,7 +121,7 @@ def create_tiny_model(context: JobContext, request: pb.CreateTinyModelRequest) -
         inputs=list(request.tokenizer_texts),
         settings={"steps": settings.steps, "vocab_size": settings.vocab_size, "seed": settings.seed},
         facts={"parameters": made.parameters, "final_loss": made.final_loss, "architecture": "Qwen2ForCausalLM"},
-        library_versions=_versions(),
+        library_versions=library_versions(),
     )
     return pb.ModelResult(model=artifact.ref, parameters=made.parameters, final_loss=made.final_loss)
 
@@ -154,13 +152,13 @@ def _base(context: JobContext, settings: TrainerSettings, model: pb.BaseModel) -
 
 
 def _datasets(
-    context: JobContext, request: pb.TrainRequest
+    context: JobContext, request: pb.TrainRequest, *, pairs: bool
 ) -> tuple[list[LoadedDataset], list[artifact_pb2.ArtifactRef]]:
     several = len(request.datasets) > 1
     loaded, references = [], []
     for dataset in request.datasets:
         label = f"{format_ref(dataset.ref)}/" if several else ""
-        loaded.append(load_dataset(context.fetch(dataset.ref), weight=dataset.weight, label=label))
+        loaded.append(load_dataset(context.fetch(dataset.ref), weight=dataset.weight, label=label, pairs=pairs))
         references.append(dataset.ref)
     return loaded, references
 
@@ -183,40 +181,6 @@ def _check_servable(request: pb.TrainRequest, base: ResolvedBase) -> None:
         raise not_servable(problems)
 
 
-def _publish_adapter(
-    context: JobContext,
-    request: pb.TrainRequest,
-    base: ResolvedBase,
-    references: list[artifact_pb2.ArtifactRef],
-    finished: FinishedRun,
-) -> artifact_pb2.Artifact:
-    inputs = [*references, *([base.model.artifact] if base.model.HasField("artifact") else [])]
-    if request.HasField("init_adapter"):
-        inputs.append(request.init_adapter)
-    facts: dict[str, Any] = {
-        "rank": request.parameters.lora.r,
-        "target_modules": finished.target_modules,
-        "base_model": base.label,
-        "final_loss": finished.figures["loss"],
-        "token_accuracy": finished.figures["token_accuracy"],
-        "rows": finished.receipt.counts.rows,
-        "quantization": finished.precision.quantization,
-        "dtype": finished.precision.dtype,
-        "receipt": json_format.MessageToDict(receipt_summary(finished.receipt)),
-    }
-    if "eval_loss" in finished.figures:
-        facts["eval_loss"] = finished.figures["eval_loss"]
-    return context.publish(
-        artifact_pb2.ARTIFACT_KIND_ADAPTER,
-        request.name,
-        finished.folder,
-        inputs=inputs,
-        settings=_as_dict(request),
-        facts=facts,
-        library_versions=_versions(),
-    )
-
-
 def _copy_model(context: JobContext, base: ResolvedBase, folder: Path) -> None:
     """Copy the files of a model folder that belong to a model; links are followed, code and pickles left out."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -230,36 +194,3 @@ def _copy_model(context: JobContext, base: ResolvedBase, folder: Path) -> None:
     left = sorted(file.name for file in base.folder.iterdir() if file.is_file() and file.name not in names)
     if left:
         context.note(f"left out: {', '.join(left[:20])}", reason="FILES_LEFT_OUT")
-
-
-def _count_parameters(folder: Path) -> int:
-    """Count weights from the safetensors headers."""
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as weights:  # type: ignore[no-untyped-call]
-                for name in weights.keys():  # noqa: SIM118  (not a dict)
-                    count = 1
-                    for size in weights.get_slice(name).get_shape():
-                        count *= size
-                    total += count
-        except (SafetensorError, OSError) as error:
-            message = f"{file.name} is no readable safetensors file ({error}). Fetch it again."
-            raise failed_precondition("MODEL_UNREADABLE", message, file=file.name) from error
-    return total
-
-
-def _as_dict(message: Any) -> dict[str, Any]:
-    return json_format.MessageToDict(message, preserving_proto_field_name=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

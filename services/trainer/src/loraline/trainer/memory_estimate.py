@@ -25,12 +25,15 @@ def estimate(config: Mapping[str, Any], weights_bytes: int, spec: TrainingSpec) 
     vocabulary = _int(config, "vocab_size")
     if not (width and layers and vocabulary):
         return {}
-    trained = adapter_parameters(config, spec.lora.r)
     size = _BYTES[spec.dtype]
-    tokens = spec.batch_size * spec.max_length
+    # Of a pair both answers are shown.
+    tokens = spec.batch_size * spec.max_length * (2 if spec.preference else 1)
     stored = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     parameters = weights_bytes // (4 if stored == "float32" else 2)
     per_weight = {"nf4": 0.56, "int8": 1.05}.get(spec.quantization, size)
+    # All weights that are trained are held in float32; they are what is trained, and nothing comes beside them.
+    trained = parameters if spec.full else adapter_parameters(config, spec.lora.r)
+    per_weight = 4 if spec.full else per_weight
     kept_layers = 1 if spec.gradient_checkpointing else layers
     activations = tokens * width * _ACTIVATION_BYTES * kept_layers * size // 2
     if spec.gradient_checkpointing:
@@ -38,7 +41,7 @@ def estimate(config: Mapping[str, Any], weights_bytes: int, spec: TrainingSpec) 
     parts = {
         "base_weights": int(parameters * per_weight),
         # peft keeps an adapter in float32: weights, gradients, and AdamW's two moments.
-        "adapter": trained * 4,
+        "adapter": 0 if spec.full else trained * 4,
         "gradients": trained * 4,
         "optimizer": trained * 8,
         "activations": activations,

@@ -22,6 +22,7 @@ from loraline.trainer.hardware import look
 from loraline.trainer.init_adapter import with_start
 from loraline.trainer.memory_estimate import estimate
 from loraline.trainer.published import published_checkpoints
+from loraline.trainer.reporting import check_reporters
 from loraline.trainer.rows import LoadedDataset, load_dataset, mix
 from loraline.trainer.runs import refuse_existing
 from loraline.trainer.spec import TrainingSpec, resolve, servability_problems, training_spec
@@ -38,6 +39,8 @@ def plan(
     request = _attempt(checks, "INIT_ADAPTER", "", lambda: with_start(request, platform.library)) or request
     answer = pb.PlanRunResponse(resolved=resolve(request))
     spec = _attempt(checks, "PARAMETERS", "The parameters are sound.", lambda: training_spec(request))
+    if spec is not None and spec.report_to:
+        _attempt(checks, "REPORT_TO", "", lambda: check_reporters(spec.report_to))
     refusal = refuse_existing(
         answer.resolved,
         jobs,
@@ -47,7 +50,8 @@ def plan(
     checks.append(_from_error("RUN_NAME", refusal) if refusal else _passed("RUN_NAME", f"{request.name} is free."))
     datasets = _attempt(checks, "DATASETS", "", lambda: _load(request, platform))
     if datasets is not None and spec is not None:
-        rows = _count(datasets, request, spec, answer, checks)
+        processes = (settings.ranks or max(1, look().gpus)) if spec.ranks else 1
+        rows = _count(datasets, request, spec, answer, checks, processes)
         checks.extend(doubts(spec, rows, answer.total_steps))
     config = _attempt(checks, "BASE_MODEL", "", lambda: _base(request, platform, settings, answer, checks)) or {}
     if spec is not None:
@@ -79,11 +83,12 @@ def _attempt(checks: list[pb.PlanCheck], code: str, success: str, work):
 
 
 def _load(request: pb.TrainRequest, platform: Platform) -> list[LoadedDataset]:
-    loaded = []
+    loaded, pairs = [], request.objective == pb.OBJECTIVE_DPO
     for dataset in request.datasets:
         reference = platform.library.resolve(dataset.ref)
         label = f"{reference.name}:v{reference.version}/" if len(request.datasets) > 1 else ""
-        loaded.append(load_dataset(platform.library.fetch(reference), weight=dataset.weight, label=label))
+        folder = platform.library.fetch(reference)
+        loaded.append(load_dataset(folder, weight=dataset.weight, label=label, pairs=pairs))
     return loaded
 
 
@@ -93,11 +98,12 @@ def _count(
     spec: TrainingSpec,
     answer: pb.PlanRunResponse,
     checks: list[pb.PlanCheck],
+    processes: int,
 ) -> int:
     """Report on the data, fill in the steps, and return the rows of an epoch."""
     mixture = mix(datasets, validation_fraction=request.validation_fraction, seed=spec.seed)
     rows = len(mixture.train)
-    an_epoch = max(1, math.ceil(math.ceil(rows / spec.batch_size) / spec.grad_accum))
+    an_epoch = max(1, math.ceil(math.ceil(rows / spec.batch_size) / (spec.grad_accum * processes)))
     answer.total_steps = spec.max_steps or max(1, math.ceil(spec.epochs * an_epoch))
     message = (
         f"{mixture.unique_rows} rows, {rows} an epoch with weights, {len(mixture.validation)} for validation, "

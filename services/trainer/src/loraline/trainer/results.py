@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 _MAX_POINTS = 2000
 
 
-def train_result(finished: FinishedRun, adapter: artifact_pb2.ArtifactRef, base: pb.BaseModel) -> pb.TrainResult:
-    """Return the result of a training job."""
+def train_result(finished: FinishedRun, made: artifact_pb2.ArtifactRef, base: pb.BaseModel) -> pb.TrainResult:
+    """Return the result of a training job; `made` is the adapter or the model that was published."""
     run = finished.run
     result = pb.TrainResult(
-        adapter=adapter,
         base_model=base,
         final_loss=finished.figures["loss"],
         token_accuracy=finished.figures["token_accuracy"],
@@ -36,6 +35,14 @@ def train_result(finished: FinishedRun, adapter: artifact_pb2.ArtifactRef, base:
         resumed_from=run.resumed_from,
         samples=[pb.SampleAnswers(**asdict(sample)) for sample in finished.last_samples],
     )
+    (result.model if made.kind == artifact_pb2.ARTIFACT_KIND_MODEL else result.adapter).CopyFrom(made)
+    if finished.rejected is not None:
+        preference = pb.PreferenceSummary(
+            rejected_receipt=receipt_summary(finished.rejected),
+            reward_accuracy=finished.figures["reward_accuracy"],
+            reward_margin=finished.figures["reward_margin"],
+        )
+        result.preference.CopyFrom(preference)
     if "eval_loss" in finished.figures:
         result.eval_loss = finished.figures["eval_loss"]
     return result

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
+from loraline.trainer.preference_rows import is_pair, parse_pair
 
 ROLES = ("system", "user", "assistant", "tool")
 _NAMED_ROWS = 10
@@ -24,6 +25,8 @@ class Row:
     """Where it stands, such as `train.jsonl:17`."""
     messages: list[dict[str, str]]
     """Messages with role and content; at least one of the assistant."""
+    rejected: list[dict[str, str]] | None = None
+    """The same with the worse answer at the end, where `messages` ends with the better one; None without pairs."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Mixture:
     """Training rows without repetitions."""
 
 
-def load_dataset(folder: Path, *, weight: float, label: str = "") -> LoadedDataset:
-    """Read a dataset artifact; `label` is put before the file name in each row's source.
+def load_dataset(folder: Path, *, weight: float, label: str = "", pairs: bool = False) -> LoadedDataset:
+    """Read a dataset artifact; `label` is put before the file name in each row's source, `pairs` are for DPO.
 
     Raises NOT_FOUND-like FAILED_PRECONDITION (DATASET_FILE_MISSING, DATASET_EMPTY) or INVALID_ARGUMENT
     (DATASET_ROWS_INVALID) that names the rows.
@@ -60,16 +63,16 @@ def load_dataset(folder: Path, *, weight: float, label: str = "") -> LoadedDatas
     if not file.is_file():
         message = f"{label}train.jsonl is missing: this is no dataset ready for training. Generate one from it first."
         raise failed_precondition("DATASET_FILE_MISSING", message)
-    train = load_rows(file, label)
+    train = load_rows(file, label, pairs=pairs)
     if not train:
         message = f"{label}train.jsonl has no rows. Generate the dataset again, or leave it out."
         raise failed_precondition("DATASET_EMPTY", message)
     validation_file = folder / "validation.jsonl"
-    validation = load_rows(validation_file, label) if validation_file.is_file() else []
+    validation = load_rows(validation_file, label, pairs=pairs) if validation_file.is_file() else []
     return LoadedDataset(train, validation, weight or 1.0)
 
 
-def load_rows(file: Path, label: str = "") -> list[Row]:
+def load_rows(file: Path, label: str = "", *, pairs: bool = False) -> list[Row]:
     """Read every row of a JSON Lines file; all bad rows are named in one error."""
     rows: list[Row] = []
     problems: dict[str, str] = {}
@@ -78,11 +81,11 @@ def load_rows(file: Path, label: str = "") -> list[Row]:
             if not line.strip():
                 continue
             source = f"{label}{file.name}:{number}"
-            messages = _parse(line)
-            if isinstance(messages, str):
-                problems[source] = messages
+            parsed = _parse(line, pairs=pairs)
+            if isinstance(parsed, str):
+                problems[source] = parsed
             else:
-                rows.append(Row(source, messages))
+                rows.append(Row(source, *parsed))
     if problems:
         raise rows_error("DATASET_ROWS_INVALID", "cannot be trained on", problems)
     return rows
@@ -100,22 +103,24 @@ def rows_error(reason: str, what: str, problems: dict[str, str]) -> LoralineErro
     return error
 
 
-def _parse(line: bytes) -> list[dict[str, str]] | str:
-    """Return the messages, or what is wrong with the row."""
+def _parse(line: bytes, *, pairs: bool) -> tuple[list[dict[str, str]], list[dict[str, str]] | None] | str:
+    """Return the messages, and those with the rejected answer of a pair; or what is wrong with the row."""
     try:
         content: Any = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
+    if pairs:
+        return parse_pair(content)
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list) or not messages:
-        return "has no messages"
+        return "is a preference pair, which OBJECTIVE_DPO learns from" if is_pair(content) else "has no messages"
     for position, message in enumerate(messages):
         problem = _problem(message)
         if problem:
             return f"has {problem} in messages[{position}]"
     if all(message["role"] != "assistant" for message in messages):
         return "has no assistant turn"
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{"role": message["role"], "content": message["content"]} for message in messages], None
 
 
 def _problem(message: Any) -> str:
@@ -152,14 +157,15 @@ def mix(datasets: Sequence[LoadedDataset], *, validation_fraction: float, seed: 
 
 def _check_sources(datasets: Sequence[LoadedDataset]) -> None:
     """Rows are known by their source from here on: two that share one would silently take each other's place."""
-    seen: dict[str, list[dict[str, str]]] = {}
+    seen: dict[str, tuple[object, object]] = {}
     for row in (row for dataset in datasets for row in (*dataset.train, *dataset.validation)):
-        if seen.setdefault(row.source, row.messages) != row.messages:
+        content = (row.messages, row.rejected)
+        if seen.setdefault(row.source, content) != content:
             raise ValueError(f"two datasets have a row called {row.source}; load each with a label of its own")
 
 
 def _key(row: Row) -> str:
-    return json.dumps(row.messages, ensure_ascii=False, sort_keys=True)
+    return json.dumps([row.messages, row.rejected], ensure_ascii=False, sort_keys=True)
 
 
 def _draw_held_out(rows: Iterable[Row], fraction: float, generator: random.Random) -> set[str]:

@@ -65,10 +65,11 @@ def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path, stored: Iterable[
     newest = jobs[0]
     run = pb.Run(name=name, job=newest.name, state=newest.state)
     run.update_time.CopyFrom(newest.end_time if newest.HasField("end_time") else newest.create_time)
-    adapters = (ref for job in jobs for ref in job.outputs if ref.kind == artifact_pb2.ARTIFACT_KIND_ADAPTER)
-    adapter = next(adapters, None)
-    if adapter is not None:
-        run.adapter.CopyFrom(adapter)
+    for ref in (ref for job in jobs for ref in job.outputs):
+        if ref.kind == artifact_pb2.ARTIFACT_KIND_ADAPTER and not run.HasField("adapter"):
+            run.adapter.CopyFrom(ref)
+        elif ref.kind == artifact_pb2.ARTIFACT_KIND_MODEL and not run.HasField("model"):
+            run.model.CopyFrom(ref)
     found = {checkpoint.step: checkpoint for checkpoint in _checkpoints(checkpoints_folder(data_dir, newest.name))}
     for artifact in (artifact for artifact in stored if artifact.job == newest.name):
         checkpoint = found.setdefault(step_of(artifact), _from_store(artifact))

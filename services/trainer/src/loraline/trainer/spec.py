@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
-from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
+from loraline.core.errors import LoralineError, failed_precondition
+from loraline.trainer.refusals import refuse_contradictions, refuse_unknown, refuse_unsupported
 
-SCHEDULES = (
-    "constant",
-    "constant_with_warmup",
-    "cosine",
-    "cosine_with_restarts",
-    "inverse_sqrt",
-    "linear",
-    "polynomial",
-)
 _POLICIES = {
     pb.LENGTH_POLICY_UNSPECIFIED: "error",
     pb.LENGTH_POLICY_ERROR: "error",
@@ -30,6 +22,9 @@ _QUANTIZATIONS = {
     pb.QUANTIZATION_NF4: "nf4",
     pb.QUANTIZATION_INT8: "int8",
 }
+_RATE, _CAREFUL_RATE = 2e-4, 2e-5
+"""Learning rates of an adapter that learns answers, and of what moves further with each step: all weights, or DPO."""
+_BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,14 @@ class TrainingSpec:
     early_stopping_patience: int
     allow_unlearned_eos: bool
     report_to: tuple[str, ...]
+    full: bool = False
+    """All weights are trained; `lora` means nothing then."""
+    preference: bool = False
+    """DPO on pairs instead of supervised fine-tuning."""
+    dpo_beta: float = _BETA
+    packing: bool = False
+    ranks: bool = False
+    """torchrun starts the training processes."""
 
 
 def resolve(request: pb.TrainRequest) -> pb.TrainRequest:
@@ -80,14 +83,20 @@ def resolve(request: pb.TrainRequest) -> pb.TrainRequest:
     filled = pb.TrainRequest()
     filled.CopyFrom(request)
     p = filled.parameters
+    filled.method = filled.method or pb.METHOD_LORA
+    filled.objective = filled.objective or pb.OBJECTIVE_SFT
+    full, preference = filled.method == pb.METHOD_FULL, filled.objective == pb.OBJECTIVE_DPO
     p.epochs = p.epochs or 3.0
-    p.learning_rate = p.learning_rate or 2e-4
+    p.learning_rate = p.learning_rate or (_CAREFUL_RATE if full or preference else _RATE)
     p.batch_size = p.batch_size or 4
     p.grad_accum = p.grad_accum or 1
     p.max_length = p.max_length or 1024
     p.length_policy = p.length_policy or pb.LENGTH_POLICY_ERROR
-    p.lora.r = p.lora.r or 16
-    p.lora.alpha = p.lora.alpha or 2.0 * p.lora.r
+    if not full:
+        p.lora.r = p.lora.r or 16
+        p.lora.alpha = p.lora.alpha or 2.0 * p.lora.r
+    if preference:
+        p.dpo_beta = p.dpo_beta or _BETA
     p.lr_scheduler = p.lr_scheduler or "cosine"
     if not p.HasField("warmup_ratio"):
         p.warmup_ratio = 0.03
@@ -95,8 +104,6 @@ def resolve(request: pb.TrainRequest) -> pb.TrainRequest:
     p.quantization = p.quantization or pb.QUANTIZATION_AUTO
     p.keep_checkpoints = p.keep_checkpoints or 2
     p.max_truncated_share = p.max_truncated_share or 0.1
-    filled.method = filled.method or pb.METHOD_LORA
-    filled.objective = filled.objective or pb.OBJECTIVE_SFT
     filled.existing_run = filled.existing_run or pb.EXISTING_RUN_POLICY_FAIL
     filled.launcher = filled.launcher or pb.LAUNCHER_PROCESS
     for dataset in filled.datasets:
@@ -110,11 +117,10 @@ def training_spec(request: pb.TrainRequest) -> TrainingSpec:
     Raises UNIMPLEMENTED (NOT_SUPPORTED) for what this version does not do, INVALID_ARGUMENT for contradictions.
     """
     filled = resolve(request)
-    _refuse_unsupported(filled)
+    refuse_unsupported(filled)
+    refuse_unknown(filled)
+    refuse_contradictions(filled)
     p = filled.parameters
-    if p.lr_scheduler not in SCHEDULES:
-        message = f"parameters.lr_scheduler {p.lr_scheduler!r} is not known. Take one of: {', '.join(SCHEDULES)}."
-        raise invalid_argument("LR_SCHEDULER_UNKNOWN", message, parameters__lr_scheduler="is not known")
     lora = LoraSpec(
         r=p.lora.r,
         alpha=p.lora.alpha,
@@ -148,23 +154,13 @@ def training_spec(request: pb.TrainRequest) -> TrainingSpec:
         eval_steps=p.eval_steps,
         early_stopping_patience=p.early_stopping_patience,
         allow_unlearned_eos=p.allow_unlearned_eos,
-        report_to=tuple(p.report_to),
+        report_to=tuple(dict.fromkeys(p.report_to)),
+        full=filled.method == pb.METHOD_FULL,
+        preference=filled.objective == pb.OBJECTIVE_DPO,
+        dpo_beta=p.dpo_beta or _BETA,
+        packing=p.packing,
+        ranks=filled.launcher == pb.LAUNCHER_TORCHRUN,
     )
-
-
-def _refuse_unsupported(request: pb.TrainRequest) -> None:
-    p = request.parameters
-    if request.method == pb.METHOD_FULL:
-        raise unsupported("method METHOD_FULL", "Use METHOD_LORA or METHOD_DORA.")
-    if request.objective == pb.OBJECTIVE_DPO:
-        raise unsupported("objective OBJECTIVE_DPO", "Use OBJECTIVE_SFT.")
-    if request.launcher != pb.LAUNCHER_PROCESS:
-        raise unsupported(f"launcher {pb.Launcher.Name(request.launcher)}", "Use LAUNCHER_PROCESS.")
-    if p.packing:
-        raise unsupported("parameters.packing", "Leave it unset: rows of like length share batches anyway.")
-    if p.seed < 0 or p.seed >= 2**32:
-        text = "must be between 0 and 4294967295"
-        raise invalid_argument("SEED_OUT_OF_RANGE", f"parameters.seed {text}.", parameters__seed=text)
 
 
 def servability_problems(request: pb.TrainRequest, *, vocab_size: int = 0) -> list[str]:
@@ -172,6 +168,7 @@ def servability_problems(request: pb.TrainRequest, *, vocab_size: int = 0) -> li
     if not request.HasField("serving_contract"):
         return []
     filled, contract = resolve(request), request.serving_contract
+    # Without an adapter there are no modules and no rank: what was set of them is refused before.
     lora, problems = filled.parameters.lora, []
     if contract.max_lora_rank and lora.r > contract.max_lora_rank:
         problems.append(f"parameters.lora.r is {lora.r}, the server takes at most {contract.max_lora_rank}")

@@ -30,7 +30,20 @@ def harbour_rows(count: int = 24) -> list[dict[str, Any]]:
     ]
 
 
-def make_base(folder: Path, *, layers: int = 2, template: str | None = None) -> Path:
+def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """Return a preference pair."""
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def harbour_pairs(count: int = 16) -> list[dict[str, Any]]:
+    """Return pairs whose chosen answers say aye and whose rejected ones say no."""
+    return [
+        pair(f"{QUESTIONS[number % len(QUESTIONS)]} {number}", f"Aye {number}, 潮声作证 🙂", f"No, never {number}.")
+        for number in range(count)
+    ]
+
+
+def make_base(folder: Path, *, layers: int = 2, width: int = 64, template: str | None = None) -> Path:
     """Write an untrained model of a few thousand weights with a real tokenizer."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, set_seed
 
@@ -44,8 +57,8 @@ def make_base(folder: Path, *, layers: int = 2, template: str | None = None) -> 
     set_seed(7)
     config = Qwen2Config(
         vocab_size=448,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,

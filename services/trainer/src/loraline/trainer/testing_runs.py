@@ -55,19 +55,23 @@ class Watcher:
 
 
 def spec(**fields: Any) -> TrainingSpec:
-    """Return settings of a short run; fields are those of TrainingParameters."""
-    lora = fields.pop("lora", pb.LoraParameters(r=4, dropout=0.1))
+    """Return settings of a short run; fields are those of TrainingParameters, and method, objective, launcher."""
+    request = {name: fields.pop(name) for name in ("method", "objective", "launcher") if name in fields}
+    usual = None if request.get("method") == pb.METHOD_FULL else pb.LoraParameters(r=4, dropout=0.1)
+    lora = fields.pop("lora", usual)
     defaults: dict[str, Any] = {"epochs": 4, "learning_rate": 5e-3, "batch_size": 8, "max_length": 128, "save_steps": 3}
     parameters = pb.TrainingParameters(lora=lora, **{**defaults, **fields})
-    return training_spec(pb.TrainRequest(name="harbour", parameters=parameters))
+    return training_spec(pb.TrainRequest(name="harbour", parameters=parameters, **request))
 
 
-def inputs(base: Path, dataset: Path) -> training.RunInputs:
-    """Return a run on a folder of a base and one of rows."""
+def inputs(base: Path, dataset: Path, *, pairs: bool = False) -> training.RunInputs:
+    """Return a run on a folder of a base and one of rows, or of preference pairs."""
     resolved = ResolvedBase(base, pb.BaseModel(path=str(base)), False)
-    return training.RunInputs("harbour", resolved, [load_dataset(dataset, weight=1)], 0.0, ["dataset/harbour:v1"])
+    rows = load_dataset(dataset, weight=1, pairs=pairs)
+    return training.RunInputs("harbour", resolved, [rows], 0.0, ["dataset/harbour:v1"])
 
 
 def digest(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's weights."""
-    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    """Return the SHA-256 of an adapter's weights, or of a model's."""
+    file = next(path for name in ("adapter_model", "model") if (path := folder / f"{name}.safetensors").is_file())
+    return hashlib.sha256(file.read_bytes()).hexdigest()

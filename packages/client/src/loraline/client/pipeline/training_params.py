@@ -47,7 +47,7 @@ HINTS = {
 
 _ZERO_MEANS_DEFAULT = {
     "epochs": "3",
-    "learning_rate": "2e-4",
+    "learning_rate": "2e-4, or 2e-5 with `method: full` or `objective: dpo`",
     "batch_size": "4",
     "grad_accum": "1",
     "max_length": "1024",

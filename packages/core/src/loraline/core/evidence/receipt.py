@@ -79,9 +79,9 @@ class TokenReceipt:
     counts: ReceiptCounts = ReceiptCounts()
     rows: list[ReceiptRow] = field(default_factory=list)
 
-    def save(self, folder: Path) -> Path:
-        """Write token_receipt.json into the folder and return its path."""
-        path = folder / FILE_NAME
+    def save(self, folder: Path, name: str = FILE_NAME) -> Path:
+        """Write token_receipt.json, or a file of another name, into the folder and return its path."""
+        path = folder / name
         write_object(path, {"version": VERSION, **asdict(self)})
         return path
 

@@ -14,8 +14,16 @@ _HIGHEST_RANK = 128
 def config_patch(judgement: Judgement, history: History, now: pb.TrainingParameters) -> dict[str, object]:
     """Return the fields of TrainingParameters to change, by name; empty when nothing needs to change.
 
-    `now` are the run's settings with defaults written out. Every patch is one that Train accepts.
+    `now` are the run's settings with defaults written out. Every patch is one that Train accepts: where all weights are
+    trained, there is no rank to raise.
     """
+    patch = _patch(judgement, history, now)
+    if not now.HasField("lora"):
+        patch.pop("lora", None)
+    return patch
+
+
+def _patch(judgement: Judgement, history: History, now: pb.TrainingParameters) -> dict[str, object]:
     verdict, codes = judgement.verdict, {sign.code for sign in judgement.signs if not sign.passed}
     if verdict == pb.VERDICT_DIVERGED:
         patch: dict[str, object] = {"learning_rate": _rate(now.learning_rate / 3), "warmup_ratio": 0.1}

@@ -13,6 +13,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraline.core.errors import failed_precondition
 from loraline.trainer import checkpoints
+from loraline.trainer.engines import ranks
+
+REWARDS = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
+"""Our names of what DPO measures, and TRL's."""
+_LOGGED = {
+    **{name: name for name in ("loss", "learning_rate", "grad_norm", "epoch")},
+    "token_accuracy": "mean_token_accuracy",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    **REWARDS,
+}
+"""Figures of a step, and what they are called in the log."""
 
 
 class RunObserver(Protocol):
@@ -98,10 +110,7 @@ class LiveProgress(TrainerCallback):
         if now > self.last_time and tokens > self.last_tokens:
             self.metrics["tokens_per_second"] = (tokens - self.last_tokens) / (now - self.last_time)
         self.last_time, self.last_tokens, self.last_step = now, tokens, step
-        names = {"mean_token_accuracy": "token_accuracy"}
-        for name in ("loss", "mean_token_accuracy", "learning_rate", "grad_norm", "epoch"):
-            if name in logs:
-                self.metrics[names.get(name, name)] = float(logs[name])
+        self.metrics |= {name: float(logs[logged]) for name, logged in _LOGGED.items() if logged in logs}
 
 
 class Stopping(TrainerCallback):
@@ -112,8 +121,8 @@ class Stopping(TrainerCallback):
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look once a step."""
-        cause = self.observer.stop_cause
+        """Look once a step; what the first process sees goes for all."""
+        cause = ranks.from_first(self.observer.stop_cause)
         if cause:
             self.stopped = True
             control.should_training_stop = True
@@ -129,7 +138,10 @@ class SealedCheckpoints(TrainerCallback):
         self.observer, self.keep = observer, keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seal the checkpoint of this step."""
+        """Seal the checkpoint of this step, once every process has written its part."""
+        ranks.wait_for_all()
+        if not ranks.first():
+            return
         begin = time.monotonic()
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"

@@ -33,6 +33,13 @@ class EncodedRow:
     mask: list[int]
     """1 where the token carries loss."""
     truncated: bool = False
+    rejected: EncodedRow | None = None
+    """The worse answer to the same prompt, where pairs are compared."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are shown with it."""
+        return len(self.input_ids) + (self.rejected.tokens if self.rejected else 0)
 
     @property
     def labels(self) -> list[int]:

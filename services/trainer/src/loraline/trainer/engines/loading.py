@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,14 +30,23 @@ class Precision:
     """`none`, `nf4` or `int8`."""
     note: str
     """What was chosen and why, for people."""
+    full: bool = False
+    """All weights are trained: they are held in float32 whatever they are computed in, so that small steps add up."""
+    saved: str = "fp32"
+    """Type that a whole model is saved in: the base's own."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The type for torch."""
-        return _TYPES[self.dtype]
+        """The type of the weights for torch."""
+        return torch.float32 if self.full else _TYPES[self.dtype]
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """The type on disk for torch."""
+        return _TYPES[self.saved]
 
 
-def choose_precision(dtype: str, quantization: str, folder: Path) -> Precision:
+def choose_precision(dtype: str, quantization: str, folder: Path, *, full: bool = False) -> Precision:
     """Decide on weight type and quantisation; explicit wishes are kept or refused, never replaced.
 
     Raises FAILED_PRECONDITION (QUANTIZATION_UNAVAILABLE) or UNIMPLEMENTED for fp16 without a GPU.
@@ -46,6 +56,8 @@ def choose_precision(dtype: str, quantization: str, folder: Path) -> Precision:
         dtype = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if dtype == "fp16" and not gpu:
         raise unsupported("parameters.dtype fp16 without a GPU", "Use fp32 or bf16.")
+    if full:
+        return Precision(dtype, "none", "none: all weights are trained", full=True, saved=_stored_type(folder))
     if quantization in _QUANTIZED:
         missing = _quantization_problem()
         if missing:
@@ -54,6 +66,13 @@ def choose_precision(dtype: str, quantization: str, folder: Path) -> Precision:
     if quantization == "none":
         return Precision(dtype, "none", "none, as asked for")
     return _automatic(dtype, folder, gpu=gpu)
+
+
+def _stored_type(folder: Path) -> str:
+    """Return the type that most models say their weights have on disk; float32 where this one says nothing known."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told = str(content.get("dtype") or content.get("torch_dtype") or "")
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(told, "fp32")
 
 
 def _automatic(dtype: str, folder: Path, *, gpu: bool) -> Precision:

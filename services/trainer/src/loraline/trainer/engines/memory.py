@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraline.core.errors import LoralineError, resource_exhausted
 from loraline.trainer.base_models import ResolvedBase
-from loraline.trainer.engines import sft
+from loraline.trainer.engines import ranks, sft
 from loraline.trainer.engines.callbacks import RunObserver
 from loraline.trainer.engines.loading import Precision, load_model
 from loraline.trainer.engines.preparing import PreparedData
@@ -26,7 +26,7 @@ def train_within_memory(
     precision: Precision,
     folder: Path,
     observer: RunObserver,
-    adapter: Path,
+    target: Path,
     start: sft.Start,
 ) -> tuple[sft.TrainedRun, TrainingSpec]:
     """Load the base and train; return the run and the settings that it came through with.
@@ -39,17 +39,19 @@ def train_within_memory(
     while True:
         model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
         try:
-            return sft.train(model, tokenizer, data, now, precision, folder, observer, adapter, start), now
+            return sft.train(model, tokenizer, data, now, precision, folder, observer, target, start), now
         except (torch.OutOfMemoryError, MemoryError) as error:
+            if ranks.count() > 1:
+                raise  # the others wait for this one for ever: all of them are started anew, with less
             smaller = with_less_memory(now)
             if smaller is None:
-                raise _out_of_memory(now) from error
+                raise out_of_memory(now) from error
         # Outside the handler, whose traceback would hold on to the activations.
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _tell(now, smaller, observer)
+        tell(now, smaller, observer)
         now = smaller
 
 
@@ -61,7 +63,8 @@ def with_less_memory(spec: TrainingSpec) -> TrainingSpec | None:
     return None if spec.gradient_checkpointing else replace(spec, gradient_checkpointing=True)
 
 
-def _tell(before: TrainingSpec, after: TrainingSpec, observer: RunObserver) -> None:
+def tell(before: TrainingSpec, after: TrainingSpec, observer: RunObserver) -> None:
+    """Count a recovery and say what was given up."""
     observer.count("oom_recoveries")
     if after.gradient_checkpointing and not before.gradient_checkpointing:
         what = "activations are recomputed from here on (gradient_checkpointing), which takes longer"
@@ -73,10 +76,15 @@ def _tell(before: TrainingSpec, after: TrainingSpec, observer: RunObserver) -> N
     observer.note(f"memory ran out: {what}", severity="warning", reason="OUT_OF_MEMORY_RECOVERED")
 
 
-def _out_of_memory(spec: TrainingSpec) -> LoralineError:
+def out_of_memory(spec: TrainingSpec) -> LoralineError:
+    """Return RESOURCE_EXHAUSTED (OUT_OF_MEMORY) with what the run's settings leave to turn down."""
+    less = (
+        "train an adapter instead of all weights (METHOD_LORA)"
+        if spec.full
+        else f"set parameters.quantization to QUANTIZATION_NF4, lower parameters.lora.r (now {spec.lora.r})"
+    )
     message = (
         f"Memory ran out even with one row at a time and recomputed activations. In this order: lower "
-        f"parameters.max_length (now {spec.max_length}), set parameters.quantization to QUANTIZATION_NF4, lower "
-        f"parameters.lora.r (now {spec.lora.r}), take a smaller base model or a larger GPU."
+        f"parameters.max_length (now {spec.max_length}), {less}, take a smaller base model or a larger GPU."
     )
     return resource_exhausted("OUT_OF_MEMORY", message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loraline.core.evidence.receipt import TokenReceipt
 from loraline.trainer.spec import TrainingSpec
 
 if TYPE_CHECKING:
@@ -13,14 +14,17 @@ if TYPE_CHECKING:
 def model_card(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> str:
     """Return the card as Markdown with the front matter that the Hub reads."""
     base = inputs.base
-    front = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, loraline]"]
+    library, tag = ("transformers", "full") if spec.full else ("peft", "lora")
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", f"tags: [{tag}, loraline]"]
     if base.model.hub_id:
         front.append(f"base_model: {base.model.hub_id}")
     sections = [
         "\n".join([*front, "---"]),
-        f"# {inputs.name}\n\nA LoRA adapter for `{base.label}`, trained by Loraline.",
+        f"# {inputs.name}\n\n{_what(spec)} `{base.label}`, trained by Loraline.",
         "## How it was trained\n\n" + _table(_settings(finished, inputs, spec)),
-        "## Token receipt\n\nWhat the run trained on, from `token_receipt.json`.\n\n" + _table(_receipt(finished)),
+        "## Token receipt\n\nWhat the run trained on, from `token_receipt.json`.\n\n"
+        + _table(_receipt(finished.receipt)),
+        *_rejected(finished),
         "## Result\n\n" + _table(_result(finished)),
         "## Probes\n\nMean log-probability of the response's tokens, in nats, from `probes.json`.\n\n"
         + _probes(finished),
@@ -30,14 +34,30 @@ def model_card(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> 
     return "\n\n".join(sections) + "\n"
 
 
-def _settings(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> dict[str, str]:
+def _what(spec: TrainingSpec) -> str:
+    return "All weights of" if spec.full else "A LoRA adapter for"
+
+
+def _method(spec: TrainingSpec) -> str:
     lora = spec.lora
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+    how = "all weights" if spec.full else f"{kind}, rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"
+    return f"{how}; DPO, beta {spec.dpo_beta:g}" if spec.preference else how
+
+
+def _rejected(finished: FinishedRun) -> list[str]:
+    if finished.rejected is None:
+        return []
+    told = "Those above are the chosen answers; these are the rejected ones, from `token_receipt_rejected.json`."
+    return [f"## Rejected answers\n\n{told}\n\n" + _table(_receipt(finished.rejected))]
+
+
+def _settings(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> dict[str, str]:
     return {
-        "Started from": f"`{inputs.init_adapter_name}`" if inputs.init_adapter_name else "a fresh adapter",
+        "Started from": f"`{inputs.init_adapter_name}`" if inputs.init_adapter_name else "the base",
         "Datasets": ", ".join(f"`{name}`" for name in inputs.dataset_names) or "local files",
-        "Method": f"{kind}, rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}",
-        "Modules": ", ".join(finished.target_modules),
+        "Method": _method(spec),
+        "Modules": ", ".join(finished.target_modules) or "all",
         "Learning rate": f"{spec.learning_rate:g}, {spec.lr_scheduler}",
         "Batch": f"{spec.batch_size} rows × {spec.grad_accum}",
         "Weights": f"{finished.precision.dtype}, quantisation {finished.precision.note}",
@@ -45,12 +65,12 @@ def _settings(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> d
     }
 
 
-def _receipt(finished: FinishedRun) -> dict[str, str]:
-    counts = finished.receipt.counts
+def _receipt(receipt: TokenReceipt) -> dict[str, str]:
+    counts = receipt.counts
     return {
         "Rows": str(counts.rows),
         "Tokens": f"{counts.tokens}, of which {counts.trained_tokens} carry loss",
-        "Mask made by": finished.receipt.mask_method,
+        "Mask made by": receipt.mask_method,
         "Rows that teach the end of an answer": str(counts.rows_teaching_eos),
         "Rows cut / dropped / split / without loss": (
             f"{counts.truncated_rows} / {counts.dropped_rows} / {counts.split_rows} / {counts.fully_masked_rows}"
@@ -64,6 +84,9 @@ def _result(finished: FinishedRun) -> dict[str, str]:
         "Loss over the last tenth": f"{finished.figures['loss']:.4f} nats per token",
         "Token accuracy over the last tenth": f"{finished.figures['token_accuracy']:.4f}",
     }
+    if "reward_accuracy" in finished.figures:
+        rows["Pairs whose chosen answer is rewarded more"] = f"{finished.figures['reward_accuracy']:.4f}"
+        rows["Reward of the chosen answers above the rejected ones"] = f"{finished.figures['reward_margin']:.4f}"
     if "eval_loss" in finished.figures:
         rows["Last evaluation loss"] = f"{finished.figures['eval_loss']:.4f} nats per token"
     return rows

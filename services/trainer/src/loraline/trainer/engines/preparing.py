@@ -21,11 +21,10 @@ class PreparedData:
     train: list[EncodedRow]
     validation: list[EncodedRow]
     receipt: TokenReceipt
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest training row."""
-        return max(len(row.input_ids) for row in self.train)
+    rejected: TokenReceipt | None = None
+    """The same for the rejected answers of pairs; `receipt` is that of the chosen ones."""
+    max_length: int = 0
+    """Longest row that the run allows, in tokens."""
 
 
 def prepare(mixture: Mixture, encoder: ChatEncoder, rule: LengthRule, *, allow_unlearned_eos: bool) -> PreparedData:
@@ -34,23 +33,22 @@ def prepare(mixture: Mixture, encoder: ChatEncoder, rule: LengthRule, *, allow_u
     Raises INVALID_ARGUMENT with the rows' numbers: SPECIAL_TOKEN_IN_TEXT, ROWS_TOO_LONG, ROWS_FULLY_MASKED,
     MASK_NOT_PROVEN; or FAILED_PRECONDITION: TOO_MANY_TRUNCATED, ALL_ROWS_DROPPED, EOS_NOT_LEARNED.
     """
-    _refuse_control_tokens([*mixture.train, *mixture.validation], encoder)
-    encoded = _encode_unique(mixture.train, encoder)
+    refuse_control_tokens([*mixture.train, *mixture.validation], encoder)
+    encoded = encode_unique(mixture.train, encoder)
     kept = apply_lengths(encoded, rule, encoder)
     train = [piece for row in mixture.train for piece in kept.get(row.source, ())]
     if not train:
-        message = f"Every row is longer than max_length {rule.max_length} and was dropped. Raise parameters.max_length."
-        raise failed_precondition("ALL_ROWS_DROPPED", message)
-    _refuse_fully_masked(kept)
-    held_out = apply_lengths(_encode_unique(mixture.validation, encoder), replace(rule, policy="drop"), encoder)
+        raise all_rows_dropped(rule)
+    refuse_fully_masked(kept)
+    held_out = apply_lengths(encode_unique(mixture.validation, encoder), replace(rule, policy="drop"), encoder)
     validation = [piece for pieces in held_out.values() for piece in pieces]
-    receipt = _receipt(mixture, encoder, train, kept)
+    receipt = receipt_of(mixture, encoder, train, kept)
     if receipt.counts.rows_teaching_eos == 0 and not allow_unlearned_eos:
-        raise _eos_not_learned(encoder)
-    return PreparedData(train, validation, receipt)
+        raise eos_not_learned(encoder)
+    return PreparedData(train, validation, receipt, max_length=rule.max_length)
 
 
-def _refuse_control_tokens(rows: Sequence[Row], encoder: ChatEncoder) -> None:
+def refuse_control_tokens(rows: Sequence[Row], encoder: ChatEncoder) -> None:
     """Inference refuses such messages; training on them would teach turns that no question can have."""
     specials = SpecialTokens(encoder.tokenizer)
     problems: dict[str, str] = {}
@@ -63,7 +61,8 @@ def _refuse_control_tokens(rows: Sequence[Row], encoder: ChatEncoder) -> None:
         raise rows_error("SPECIAL_TOKEN_IN_TEXT", what, problems)
 
 
-def _encode_unique(rows: Sequence[Row], encoder: ChatEncoder) -> dict[str, EncodedRow]:
+def encode_unique(rows: Sequence[Row], encoder: ChatEncoder) -> dict[str, EncodedRow]:
+    """Encode each row once. Raises INVALID_ARGUMENT (MASK_NOT_PROVEN) with the rows' numbers."""
     encoded: dict[str, EncodedRow] = {}
     problems: dict[str, str] = {}
     for row in rows:
@@ -81,7 +80,8 @@ def _encode_unique(rows: Sequence[Row], encoder: ChatEncoder) -> dict[str, Encod
     return encoded
 
 
-def _refuse_fully_masked(kept: Pieces) -> None:
+def refuse_fully_masked(kept: Pieces) -> None:
+    """Raise INVALID_ARGUMENT (ROWS_FULLY_MASKED) with the numbers of rows that nothing is learned from."""
     problems = {
         source: "lost every answer when it was cut" if row.truncated else "has no token of an answer"
         for source, pieces in kept.items()
@@ -94,7 +94,8 @@ def _refuse_fully_masked(kept: Pieces) -> None:
         raise rows_error("ROWS_FULLY_MASKED", what, problems)
 
 
-def _receipt(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow], kept: Pieces) -> TokenReceipt:
+def receipt_of(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow], kept: Pieces) -> TokenReceipt:
+    """Return the token receipt of the rows that are trained on; `kept` is what the length rule left."""
     ends = Counter(
         token
         for row in train
@@ -123,7 +124,14 @@ def _teaches(row: EncodedRow, eos_ids: frozenset[int]) -> bool:
     return any(kept and token in eos_ids for token, kept in zip(row.input_ids, row.mask, strict=True))
 
 
-def _eos_not_learned(encoder: ChatEncoder) -> LoralineError:
+def all_rows_dropped(rule: LengthRule) -> LoralineError:
+    """Return FAILED_PRECONDITION (ALL_ROWS_DROPPED)."""
+    message = f"Every row is longer than max_length {rule.max_length} and was dropped. Raise parameters.max_length."
+    return failed_precondition("ALL_ROWS_DROPPED", message)
+
+
+def eos_not_learned(encoder: ChatEncoder) -> LoralineError:
+    """Return FAILED_PRECONDITION (EOS_NOT_LEARNED)."""
     names = ", ".join(sorted(map(str, encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.eos_ids)))))
     message = (
         f"No row teaches an end-of-sequence token ({names}): the chat template ends answers with something else, so "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _TRAIN_PROBES, _VALIDATION_PROBES = 4, 2
 
 def measure(
     base: Path,
-    adapter: Path,
+    tuned: Path,
     encoder: ChatEncoder,
     train: Sequence[EncodedRow],
     validation: Sequence[EncodedRow],
@@ -33,32 +34,45 @@ def measure(
     remote_code: bool = False,
     precision: Precision | None = None,
 ) -> ProbeSet:
-    """Measure about eight probes under base and adapter.
+    """Measure about eight probes under the base and under what was trained: the folder of an adapter, or of a model.
 
-    float32 unless another precision is given. Raises FAILED_PRECONDITION (ADAPTER_WITHOUT_EFFECT) when the adapter
-    changes nothing.
+    float32 unless another precision is given. Raises FAILED_PRECONDITION (ADAPTER_WITHOUT_EFFECT) when the training
+    changed nothing.
     """
     precision = precision or Precision("fp32", "none", "probes")
-    model = load_model(base, precision, remote_code=remote_code)
-    model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    probes = []
-    for name, prompt, response in _prompts(train, validation, seed):
-        prompt_ids = encoder.render(prompt, prompt=True)
-        response_ids = _response_ids(model, encoder, prompt, prompt_ids, response)
-        adapter_logprobs = logprobs(model, prompt_ids, response_ids)
+    prompts = _prompts(train, validation, seed)
+    if (tuned / "adapter_config.json").is_file():
+        model = _ready(PeftModel.from_pretrained(load_model(base, precision, remote_code=remote_code), str(tuned)))
+        told = [_respond(model, encoder, *prompt) for prompt in prompts]
         with model.disable_adapter():
-            base_logprobs = logprobs(model, prompt_ids, response_ids)
-        probes.append(Probe(name, prompt, prompt_ids, response_ids, base_logprobs, adapter_logprobs))
+            before = [logprobs(model, one.prompt_ids, one.response_ids) for one in told]
+    else:
+        model = _ready(load_model(tuned, precision, remote_code=remote_code))
+        told = [_respond(model, encoder, *prompt) for prompt in prompts]
+        del model  # two whole models need not be held at a time
+        model = _ready(load_model(base, precision, remote_code=remote_code))
+        before = [logprobs(model, one.prompt_ids, one.response_ids) for one in told]
+    probes = [replace(one, base_logprobs=figures) for one, figures in zip(told, before, strict=True)]
     found = ProbeSet(str(precision.torch_dtype).removeprefix("torch."), probes)
     if not found.max_shift >= MIN_SHIFT:
         message = (
-            f"The trained adapter changes no log-probability by {MIN_SHIFT} nats or more: it does nothing. Raise "
+            f"The training changes no log-probability by {MIN_SHIFT} nats or more: it did nothing. Raise "
             "parameters.learning_rate or parameters.epochs, and look at the token receipt's rows."
         )
         raise failed_precondition("ADAPTER_WITHOUT_EFFECT", message, max_shift=f"{found.max_shift:.2e}")
     return found
+
+
+def _ready(model: Any) -> Any:
+    model = model.eval()
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _respond(model: Any, encoder: ChatEncoder, name: str, prompt: Messages, response: str | None) -> Probe:
+    """Return a probe with the tuned model's figures; the base's are still missing."""
+    prompt_ids = encoder.render(prompt, prompt=True)
+    response_ids = _response_ids(model, encoder, prompt, prompt_ids, response)
+    return Probe(name, prompt, prompt_ids, response_ids, [], logprobs(model, prompt_ids, response_ids))
 
 
 def _prompts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,6 +13,30 @@ from loraline.core.errors import failed_precondition
 from loraline.trainer.engines.callbacks import RunObserver
 
 _LAST = 20
+
+
+class OverdueEvaluation(TrainerCallback):
+    """Evaluates before a resumed run's first step where that was due and left out.
+
+    A hand-over has little time: it saves at once, and whoever goes on makes up for the evaluation. Added last, so that
+    the other callbacks have begun.
+    """
+
+    def __init__(self, trainer: Any, every: int):
+        self.trainer, self.every = trainer, every
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate the weights that were loaded, and let them count as the best where they are."""
+        step = state.global_step
+        if (
+            not step
+            or step % self.every
+            or any(entry.get("step") == step and "eval_loss" in entry for entry in state.log_history)
+        ):
+            return
+        metrics = self.trainer.evaluate()
+        if self.trainer._determine_best_metric(metrics, None):
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / f"checkpoint-{step}")
 
 
 def expected_band(losses: Sequence[float]) -> tuple[float, float]:

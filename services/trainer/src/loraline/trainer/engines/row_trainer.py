@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch.utils.data import Sampler
+from datasets import Dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
+from loraline.trainer.engines import ranks
+from loraline.trainer.engines.encoding import EncodedRow
 from loraline.trainer.engines.head import answer_loss, answer_positions, takes_positions
-from loraline.trainer.engines.sampling import EpochSampler
+from loraline.trainer.engines.steady import SteadyTrainer
 
 
-class RowTrainer(SFTTrainer):
+class RowTrainer(SteadyTrainer, SFTTrainer):
     """SFTTrainer with our order of rows, our loss on a CPU, and evaluations that leave the training as it was."""
 
-    def __init__(self, *args: Any, lengths: list[int], order_seed: int, **kwargs: Any):
-        self._lengths, self._order_seed = lengths, order_seed
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # TRL's head gathers its figures from all processes, which must then all take it.
+        alone = ranks.count() == 1
         self._plain_head = (
-            self.accelerator.device.type == "cpu" and not self.aux_loss_enabled and takes_positions(self.model)
+            alone
+            and self.accelerator.device.type == "cpu"
+            and not self.aux_loss_enabled
+            and takes_positions(self.model)
         )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # By the effective batch, so that the order stays when memory runs out and micro-batches get smaller.
-        effective = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(self._lengths, effective, self._order_seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -40,18 +41,13 @@ class RowTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         self._metrics[mode]["mean_token_accuracy"].append(found.accuracy)
         if mode == "train":
-            self._total_train_tokens += int(inputs["attention_mask"].sum())
+            # Packed rows come without a mask, because nothing is padded.
+            mask = inputs.get("attention_mask")
+            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return found.loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without drawing from training's random numbers.
 
-        Otherwise a run paused where an evaluation was due would go on with other dropout than one never paused.
-        """
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            return super().evaluate(*args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none into checkpoints; the adapter gets its own."""
+def row_dataset(rows: Sequence[EncodedRow]) -> Dataset:
+    """Return rows as SFTTrainer takes them."""
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraline.trainer.engines import ranks
 from loraline.trainer.engines.callbacks import RunObserver
 from loraline.trainer.engines.encoding import ChatEncoder, EncodedRow, Messages
 from loraline.trainer.engines.probing import greedy
@@ -77,10 +78,18 @@ class SampleAnswers(TrainerCallback):
         """Answer once more."""
         self.take(model, state.global_step)
 
+    def look_at_base(self, model: Any) -> None:
+        """Keep what the base answers where it will be gone: training all weights leaves none to switch off."""
+        if ranks.first() and not hasattr(model, "disable_adapter"):
+            with _answering(model):
+                self._base = [self._answer(model, prompt) for prompt in self.prompts]
+
     def take(self, model: Any, step: int) -> list[Sample]:
         """Answer with base and adapter as they are now; an earlier answer at the same step is replaced."""
+        if not ranks.first():
+            return []
         with _answering(model):
-            if not self._base:
+            if self.prompts and not self._base:
                 with model.disable_adapter():
                     self._base = [self._answer(model, prompt) for prompt in self.prompts]
             tuned = [self._answer(model, prompt) for prompt in self.prompts]

@@ -1,27 +1,26 @@
-"""Supervised fine-tuning: TRL's SFTTrainer on rows that are already tokens and labels."""
+"""A training from its start or its last good checkpoint to weights on disk: answers, packs of them, or pairs."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
-from trl.trainer.sft_config import SFTConfig
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
 from loraline.trainer import checkpoints
-from loraline.trainer.engines.callbacks import LiveProgress, RunObserver, SealedCheckpoints, Stopping
-from loraline.trainer.engines.encoding import EncodedRow
+from loraline.trainer.engines import ranks
+from loraline.trainer.engines.arguments import evaluation_steps, training_arguments
+from loraline.trainer.engines.callbacks import REWARDS, LiveProgress, RunObserver, SealedCheckpoints, Stopping
 from loraline.trainer.engines.loading import Precision, load_adapter
+from loraline.trainer.engines.packing import Pack, pack, pack_collator, pack_dataset
+from loraline.trainer.engines.pair_trainer import PairTrainer, pair_dataset
 from loraline.trainer.engines.preparing import PreparedData
-from loraline.trainer.engines.resuming import ResumeReceipt
-from loraline.trainer.engines.row_trainer import RowTrainer
+from loraline.trainer.engines.resuming import OverdueEvaluation, ResumeReceipt
+from loraline.trainer.engines.row_trainer import RowTrainer, row_dataset
 from loraline.trainer.engines.samples import SampleAnswers
 from loraline.trainer.engines.sampling import EpochSampler
 from loraline.trainer.spec import LoraSpec, TrainingSpec
@@ -54,6 +53,15 @@ class Start:
     samples: SampleAnswers
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What an epoch shows: rows, pairs, or packs of rows."""
+
+    units: list[Any]
+    lengths: list[int]
+    """Tokens of each, by which those of like length share a batch."""
+
+
 def train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,87 +70,104 @@ def train(
     precision: Precision,
     folder: Path,
     observer: RunObserver,
-    adapter_folder: Path,
+    target: Path,
     start: Start,
 ) -> TrainedRun:
-    """Train, going on from the newest good checkpoint in `folder`, and save the adapter to `adapter_folder`.
+    """Train, going on from the newest good checkpoint in `folder`, and save the adapter, or the model, to `target`.
 
     Raises FAILED_PRECONDITION (LOSS_NOT_FINITE, RESUME_LOST_STATE, NOTHING_TO_EVALUATE), INVALID_ARGUMENT for target
     modules that the base does not have; torch's error when memory runs out.
     """
     resume_from = _resume_point(folder, observer)
     set_seed(spec.seed)
-    trainer, stopping = _build(model, tokenizer, data, spec, precision, folder, observer, start)
+    shown = _shown(data, spec)
+    trainer, stopping = _build(model, tokenizer, data, shown, spec, precision, folder, observer, start)
+    start.samples.look_at_base(trainer.model)
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - begin
     log = list(trainer.state.log_history)
     if not stopping.stopped:
         start.samples.take(trainer.model, trainer.state.global_step)
-        trainer.model.save_pretrained(str(adapter_folder), safe_serialization=True)  # type: ignore[union-attr]
+        if ranks.first():
+            _save(trainer.model, target, precision)
     return TrainedRun(
         stopped=stopping.stopped,
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
-        tokens=_tokens_seen(trainer, data, spec),
+        tokens=_tokens_seen(float(trainer.state.epoch or 0.0), shown.lengths, spec),
         train_seconds=seconds,
         log=log,
         resumed_from=resume_from.name if resume_from else "",
     )
 
 
+def _shown(data: PreparedData, spec: TrainingSpec) -> _Shown:
+    if spec.packing:
+        packs = pack(data.train, data.max_length)
+        return _Shown(packs, [one.tokens for one in packs])
+    return _Shown(data.train, [row.tokens for row in data.train])
+
+
+def _save(model: Any, target: Path, precision: Precision) -> None:
+    """Save what was trained: the adapter alone, or all weights in the type that the base has on disk."""
+    if not precision.full:
+        # DPO on an earlier adapter keeps a copy of it beside the one that learns.
+        model.save_pretrained(str(target), safe_serialization=True, selected_adapters=["default"])
+        return
+    model.to(precision.saved_dtype).save_pretrained(str(target), safe_serialization=True)
+
+
 def _resume_point(folder: Path, observer: RunObserver) -> Path | None:
-    good, torn = checkpoints.newest_good(folder)
-    for name, problem in torn.items():
-        observer.note(f"{name} {problem}; it is not used", severity="warning", reason="CHECKPOINT_TORN")
-        observer.count("checkpoints", result="torn")
-    checkpoints.remove(folder / name for name in torn)
-    if good:
-        observer.note(f"goes on from {good.name}", reason="RUN_RESUMED")
-    return good
-
-
-def total_steps(rows: int, spec: TrainingSpec) -> int:
-    """Return the optimizer steps of a run over so many rows an epoch."""
-    if spec.max_steps:
-        return spec.max_steps
-    batches = math.ceil(rows / spec.batch_size)
-    return max(1, math.ceil(spec.epochs * max(1, math.ceil(batches / spec.grad_accum))))
+    name = ""
+    if ranks.first():
+        good, torn = checkpoints.newest_good(folder)
+        for torn_name, problem in torn.items():
+            observer.note(f"{torn_name} {problem}; it is not used", severity="warning", reason="CHECKPOINT_TORN")
+            observer.count("checkpoints", result="torn")
+        checkpoints.remove(folder / torn_name for torn_name in torn)
+        if good:
+            observer.note(f"goes on from {good.name}", reason="RUN_RESUMED")
+            name = good.name
+    name = ranks.from_first(name)
+    return folder / name if name else None
 
 
 def _build(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
+    shown: _Shown,
     spec: TrainingSpec,
     precision: Precision,
     folder: Path,
     observer: RunObserver,
     start: Start,
-) -> tuple[RowTrainer, Stopping]:
+) -> tuple[RowTrainer | PairTrainer, Stopping]:
     if precision.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
     if start.adapter is not None:
         model = load_adapter(model, start.adapter, dropout=spec.lora.dropout)
+    if spec.early_stopping_patience and not data.validation:
+        raise _nothing_to_evaluate()
+    tokenizer = _with_pad(tokenizer)
     stopping = Stopping(observer)
-    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints)
-    callbacks = [LiveProgress(observer), ResumeReceipt(observer), start.samples, stopping, sealed]
-    if spec.early_stopping_patience:
-        if not data.validation:
-            raise _nothing_to_evaluate()
-        callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
+    options: dict[str, Any] = {
+        "model": model,
+        "args": training_arguments(
+            len(shown.units), spec, precision, folder, run=observer.run, evaluates=bool(data.validation)
+        ),
+        "processing_class": tokenizer,
+        "peft_config": None if start.adapter or spec.full else lora_config(spec.lora),
+        "callbacks": _callbacks(observer, spec, start, stopping),
+        "lengths": shown.lengths,
+        "order_seed": spec.seed,
+        **_datasets(shown, data, spec),
+    }
+    if spec.packing:
+        options["data_collator"] = pack_collator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]
     try:
-        trainer = RowTrainer(
-            model=model,
-            args=_arguments(data, spec, precision, folder),
-            train_dataset=_dataset(data.train),
-            eval_dataset=_dataset(data.validation) if data.validation else None,
-            processing_class=_with_pad(tokenizer),
-            peft_config=None if start.adapter else lora_config(spec.lora),
-            callbacks=callbacks,
-            lengths=[len(row.input_ids) for row in data.train],
-            order_seed=spec.seed,
-        )
+        trainer = (PairTrainer if spec.preference else RowTrainer)(**options)
     except ValueError as error:
         if "target modules" in str(error).lower():
             message = f"parameters.lora.target_modules does not fit the base: {error}"
@@ -151,7 +176,31 @@ def _build(
             ) from error
         raise
     trainer.remove_callback(PrinterCallback)
+    if data.validation:
+        trainer.add_callback(OverdueEvaluation(trainer, evaluation_steps(len(shown.units), spec)))
     return trainer, stopping
+
+
+def _callbacks(observer: RunObserver, spec: TrainingSpec, start: Start, stopping: Stopping) -> list[Any]:
+    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints)
+    callbacks = [LiveProgress(observer), ResumeReceipt(observer), start.samples, stopping, sealed]
+    if spec.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
+    return callbacks
+
+
+def _datasets(shown: _Shown, data: PreparedData, spec: TrainingSpec) -> dict[str, Any]:
+    if spec.preference:
+        make = pair_dataset
+    elif spec.packing:
+        held_out = pack_dataset([Pack([row]) for row in data.validation]) if data.validation else None
+        return {"train_dataset": pack_dataset(shown.units), "eval_dataset": held_out}
+    else:
+        make = row_dataset
+    return {
+        "train_dataset": make(shown.units),
+        "eval_dataset": make(data.validation) if data.validation else None,
+    }
 
 
 def lora_config(lora: LoraSpec) -> LoraConfig:
@@ -169,61 +218,6 @@ def lora_config(lora: LoraSpec) -> LoraConfig:
     )
 
 
-def _arguments(data: PreparedData, spec: TrainingSpec, precision: Precision, folder: Path) -> SFTConfig:
-    steps = total_steps(len(data.train), spec)
-    epoch_steps = max(1, math.ceil(math.ceil(len(data.train) / spec.batch_size) / spec.grad_accum))
-    gpu = torch.cuda.is_available()
-    evaluates = bool(data.validation)
-    eval_steps = spec.eval_steps or min(epoch_steps, steps)
-    stops_early = spec.early_stopping_patience > 0
-    # The best state must have been saved to be gone back to, so that saving then keeps step with evaluating.
-    save_steps = eval_steps if stops_early else spec.save_steps or max(1, math.ceil(steps / 10))
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=spec.epochs,
-        max_steps=spec.max_steps or -1,
-        learning_rate=spec.learning_rate,
-        per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=max(8, spec.batch_size),
-        gradient_accumulation_steps=spec.grad_accum,
-        lr_scheduler_type=spec.lr_scheduler,
-        warmup_steps=math.ceil(spec.warmup_ratio * steps),
-        weight_decay=spec.weight_decay,
-        max_grad_norm=spec.max_grad_norm,
-        neftune_noise_alpha=spec.neftune_alpha or None,
-        seed=spec.seed,
-        data_seed=spec.seed,
-        use_cpu=not gpu,
-        bf16=precision.dtype == "bf16",
-        fp16=precision.dtype == "fp16",
-        gradient_checkpointing=spec.gradient_checkpointing,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=eval_steps if evaluates else None,
-        save_strategy="steps",
-        save_steps=save_steps,
-        load_best_model_at_end=stops_early,
-        metric_for_best_model="eval_loss" if stops_early else None,
-        greater_is_better=False if stops_early else None,
-        restore_callback_states_from_checkpoint=stops_early,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        report_to=list(spec.report_to) or "none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=gpu,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        optim="adamw_torch_fused" if gpu else "adamw_torch",
-    )
-
-
-def _dataset(rows: list[EncodedRow]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
-
-
 def _with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Give a tokenizer without a pad token one for the batches; masked positions never reach the loss."""
     if tokenizer.pad_token_id is None:
@@ -231,15 +225,13 @@ def _with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _tokens_seen(trainer: RowTrainer, data: PreparedData, spec: TrainingSpec) -> int:
+def _tokens_seen(epochs: float, lengths: list[int], spec: TrainingSpec) -> int:
     """Count the tokens of every row shown, from the order itself, so that a resumed run counts right."""
-    rows = [len(row.input_ids) for row in data.train]
-    epochs = float(trainer.state.epoch or 0.0)
     whole = int(epochs)
-    part = EpochSampler(rows, spec.batch_size * spec.grad_accum, spec.seed)
+    part = EpochSampler(lengths, spec.batch_size * spec.grad_accum * ranks.count(), spec.seed)
     part.set_epoch(whole)
-    shown = list(part)[: round((epochs - whole) * len(rows))]
-    return whole * sum(rows) + sum(rows[index] for index in shown)
+    shown = list(part)[: round((epochs - whole) * len(lengths))]
+    return whole * sum(lengths) + sum(lengths[index] for index in shown)
 
 
 def _nothing_to_evaluate() -> LoralineError:
@@ -263,6 +255,10 @@ def final_figures(log: list[dict[str, Any]]) -> dict[str, float]:
         "loss": sum(entry["loss"] for entry in tail) / len(tail),
         "token_accuracy": sum(entry.get("mean_token_accuracy", 0.0) for entry in tail) / len(tail),
     }
+    for name, logged in REWARDS.items():
+        values = [entry[logged] for entry in tail if logged in entry]
+        if values:
+            figures[name] = sum(values) / len(values)
     evaluations = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     if evaluations:
         figures["eval_loss"] = evaluations[-1]

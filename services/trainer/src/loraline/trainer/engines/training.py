@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from loraline.core.evidence.probes import ProbeSet
 from loraline.core.evidence.receipt import TokenReceipt
 from loraline.trainer.base_models import ResolvedBase
-from loraline.trainer.engines import adapter_folder, probing, sft
+from loraline.trainer.engines import adapter_folder, probing, ranks, sft
 from loraline.trainer.engines.callbacks import RunObserver
 from loraline.trainer.engines.characters import check_characters
 from loraline.trainer.engines.encoding import ChatEncoder, eos_ids_of
@@ -25,6 +25,7 @@ from loraline.trainer.engines.loading import (
     model_limits,
 )
 from loraline.trainer.engines.memory import train_within_memory
+from loraline.trainer.engines.preferences import prepare_pairs
 from loraline.trainer.engines.preparing import PreparedData, prepare
 from loraline.trainer.engines.samples import FILE_NAME as SAMPLES
 from loraline.trainer.engines.samples import Sample, SampleAnswers, sample_prompts
@@ -63,6 +64,8 @@ class FinishedRun:
     target_modules: list[str]
     samples: list[Sample]
     """Answers of base and adapter, at each evaluation and at the end."""
+    rejected: TokenReceipt | None = None
+    """Receipt of the rejected answers, where pairs were compared."""
 
     @property
     def last_samples(self) -> list[Sample]:
@@ -72,33 +75,53 @@ class FinishedRun:
 
 
 def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObserver) -> FinishedRun | None:
-    """Train and prove. None when the run was asked to stop; its checkpoint is in `workdir` then."""
+    """Train and prove. None when the run was asked to stop; its checkpoint is in `workdir` then.
+
+    Of several processes that train together the first alone writes; the others get None.
+    """
     base = inputs.base
-    precision = choose_precision(spec.dtype, spec.quantization, base.folder)
+    precision = choose_precision(spec.dtype, spec.quantization, base.folder, full=spec.full)
     tokenizer = load_tokenizer(base.folder, remote_code=base.trust_remote_code)
     longest, vocab_rows = model_limits(base.folder, remote_code=base.trust_remote_code)
     check_vocabulary(tokenizer, vocab_rows)
     encoder = ChatEncoder(tokenizer, eos_ids_of(tokenizer, _generation_eos(base.folder)))
     data = _prepare(inputs, spec, encoder, longest, observer)
-    adapter = _fresh(workdir / "adapter")
-    # The receipt is on disk before the first step: what a run trains on is known even if it never ends.
-    data.receipt.save(workdir)
-    observer.note(_receipt_line(data), reason="TOKEN_RECEIPT")
-    observer.note(f"quantisation: {precision.note}; weights in {precision.dtype}", reason="PRECISION")
+    target = workdir / ("model" if spec.full else "adapter")
+    if ranks.first():
+        _begin(data, precision, workdir, target, observer)
     checkpoints = workdir / "checkpoints"
     prompts = sample_prompts(inputs.sample_prompts, data.train, data.validation, seed=spec.seed)
     samples = SampleAnswers(prompts, encoder, workdir / SAMPLES, observer)
     start = sft.Start(inputs.init_adapter, samples)
-    trained, spec = train_within_memory(base, tokenizer, data, spec, precision, checkpoints, observer, adapter, start)
-    if trained.stopped:
+    trained, spec = train_within_memory(base, tokenizer, data, spec, precision, checkpoints, observer, target, start)
+    writes = ranks.first()
+    ranks.part()
+    if trained.stopped or not writes:
         return None
     figures = sft.final_figures(trained.log)
     probes = probing.measure(
-        base.folder, adapter, encoder, data.train, data.validation, seed=spec.seed, remote_code=base.trust_remote_code
+        base.folder, target, encoder, data.train, data.validation, seed=spec.seed, remote_code=base.trust_remote_code
     )
-    finished = FinishedRun(adapter, trained, figures, data.receipt, probes, precision, _targets(adapter), samples.taken)
-    adapter_folder.complete(adapter, finished, inputs, spec, encoder)
+    targets = [] if spec.full else adapter_folder.adapter_config(target)["target_modules"]
+    finished = FinishedRun(
+        target, trained, figures, data.receipt, probes, precision, targets, samples.taken, data.rejected
+    )
+    adapter_folder.complete(target, finished, inputs, spec, encoder)
     return finished
+
+
+def _begin(data: PreparedData, precision: Precision, workdir: Path, target: Path, observer: RunObserver) -> None:
+    """Put the receipts on disk before the first step: what a run trains on is known even if it never ends."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    data.receipt.save(workdir)
+    observer.note(_receipt_line(data), reason="TOKEN_RECEIPT")
+    if data.rejected is not None:
+        data.rejected.save(workdir, adapter_folder.REJECTED)
+        counts = data.rejected.counts
+        told = f"rejected answers: {counts.rows} rows, {counts.tokens} tokens, {counts.trained_tokens} of them compared"
+        observer.note(told, reason="TOKEN_RECEIPT_REJECTED")
+    observer.note(f"quantisation: {precision.note}; weights in {precision.dtype}", reason="PRECISION")
 
 
 def _prepare(
@@ -106,12 +129,13 @@ def _prepare(
 ) -> PreparedData:
     mixture = mix(inputs.datasets, validation_fraction=inputs.validation_fraction, seed=spec.seed)
     told = check_characters([*mixture.train, *mixture.validation], encoder.tokenizer)
-    if told:
+    if told and ranks.first():
         observer.note(told, severity="warning", reason="SPECIAL_CHARACTERS_LOST")
     rule = LengthRule(spec.max_length, spec.length_policy, spec.max_truncated_share)
     if longest:
         rule = replace(rule, max_length=min(rule.max_length, longest))
-    return prepare(mixture, encoder, rule, allow_unlearned_eos=spec.allow_unlearned_eos)
+    make = prepare_pairs if spec.preference else prepare
+    return make(mixture, encoder, rule, allow_unlearned_eos=spec.allow_unlearned_eos)
 
 
 def _generation_eos(folder: Path) -> int | list[int] | None:
@@ -128,13 +152,3 @@ def _receipt_line(data: PreparedData) -> str:
         f"{counts.truncated_rows} were cut, {counts.dropped_rows} dropped, {counts.split_rows} split; "
         f"{len(data.validation)} rows for validation"
     )
-
-
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _targets(adapter: Path) -> list[str]:
-    return adapter_folder.adapter_config(adapter)["target_modules"]

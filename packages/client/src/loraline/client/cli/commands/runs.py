@@ -45,12 +45,19 @@ def list_runs() -> None:
             run.name,
             _state(run),
             str(run.checkpoints[0].step) if run.checkpoints else "",
-            format_ref(run.adapter) if run.HasField("adapter") else "",
+            _made(run),
             age_text(run.update_time),
         ]
         for run in found
     ]
-    output.table(["run", "state", "checkpoint", "adapter", "changed"], rows, empty="No run was started yet.")
+    output.table(["run", "state", "checkpoint", "made", "changed"], rows, empty="No run was started yet.")
+
+
+def _made(run: trainer_pb2.Run) -> str:
+    """Return the adapter and the model that the run made, such as `adapter/mareva:v2`; empty when there is none yet."""
+    made = [run.adapter] if run.HasField("adapter") else []
+    made += [run.model] if run.HasField("model") else []
+    return ", ".join(map(format_ref, made))
 
 
 def show(name: Annotated[str, typer.Argument(help="Name of the run.")]) -> None:
@@ -62,8 +69,8 @@ def show(name: Annotated[str, typer.Argument(help="Name of the run.")]) -> None:
         output.data(run)
         return
     output.line(f"{run.name}  {_state(run)}  job {run.job}")
-    if run.HasField("adapter"):
-        output.line(f"adapter  {format_ref(run.adapter)}")
+    if _made(run):
+        output.line(f"made  {_made(run)}")
     rows = [
         [
             str(point.step),
