@@ -237,7 +237,7 @@ async def test_a_folder_that_is_not_whole_is_named_by_its_reason(make_host: Make
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.asyncio
 async def test_the_real_engines_own_words(make_host: MakeHost, toy: Any, tmp_path: Path) -> None:
     """A window that the cache has no room for: the engine core, another process, says so, and callers hear it."""

@@ -46,6 +46,7 @@ def build(folder: Path, options: EngineOptions) -> AsyncLLM:
     except Exception as error:
         # vLLM's own error says only that another process failed.
         words = last_words.said()
+        last_words.forget()
         raise RuntimeError(f"{words}\n{error}" if words else str(error)) from error
 
 
