@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from loraline.api.merger.v1 import merger_pb2
@@ -42,8 +43,10 @@ class Finding:
 
 
 def from_error(error: LoralineError, file: str) -> Finding:
-    """Turn a refusal into a finding of the same code."""
-    return Finding(error.reason, "error", error.metadata.get("file", file), error.message, "See the message.")
+    """Turn a refusal into a finding of the same code; of files that are there, the name alone."""
+    path = Path(error.metadata.get("file", file))
+    name = path.name if path.is_absolute() and path.is_file() else str(error.metadata.get("file", file))
+    return Finding(error.reason, "error", name, error.message, "See the message.")
 
 
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:

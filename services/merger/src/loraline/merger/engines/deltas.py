@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class _Factors:
     addition: Addition
     a: torch.Tensor
     b: torch.Tensor
+    scale: float
+    """What the product is still to be multiplied by; 1 where `b` holds it already."""
     magnitude: torch.Tensor | None
 
 
@@ -79,7 +82,10 @@ class LoraRows:
     def _load(self, addition: Addition) -> _Factors:
         file, key = self._files[addition.adapter], addition.factors.magnitude_key
         a, b = file.get_tensor(addition.factors.a_key).float(), file.get_tensor(addition.factors.b_key).float()
-        return _Factors(addition, a, b, file.get_tensor(key).float().flatten() if key else None)
+        scale = addition.scale
+        if abs(math.frexp(scale)[0]) == 0.5:  # a power of two, as usual: it changes no digit, so it may come first
+            b, scale = b * scale, 1.0
+        return _Factors(addition, a, b, scale, file.get_tensor(key).float().flatten() if key else None)
 
 
 def _sum(factors: Sequence[_Factors], base: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
@@ -94,7 +100,7 @@ def _sum(factors: Sequence[_Factors], base: torch.Tensor, start: int, scratch: S
         if result.dtype in (torch.bfloat16, torch.float16):  # only before the first sum, when buffer 1 is free
             result = scratch.wide(1, shape).copy_(result)
         delta = delta.to(torch.float64) if base.dtype == torch.float64 else delta
-        result = delta.mul_(one.addition.scale).add_(result)
+        result = (delta if one.scale == 1 else delta.mul_(one.scale)).add_(result)
         if one.magnitude is not None:
             result = result.mul_((one.magnitude[start:stop] / torch.linalg.norm(result, dim=1)).view(-1, 1))
     return result
