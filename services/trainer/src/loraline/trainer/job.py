@@ -49,7 +49,7 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         dataset_names=[format_ref(reference) for reference in references],
         init_adapter=_init_adapter(context, request, base),
         init_adapter_name=format_ref(request.init_adapter) if request.HasField("init_adapter") else "",
-        sample_prompts=request.sample_prompts,
+        sample_prompts=list(request.sample_prompts),
     )
     _check_servable(request, base)
     with publishing(context, settings, request.name) as publisher, counting_divergence(context):
