@@ -25,11 +25,13 @@ from loraline.api.merger.v1 import merger_pb2, merger_pb2_grpc
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
+from loraline.core.evidence.receipt import load_receipt
 from loraline.core.serving.component import Platform
 from loraline.core.serving.opening import open_platform
 from loraline.core.serving.server import serve
 from loraline.core.testing.waiting import until
 from loraline.merger.component import build
+from loraline.merger.weights.header import read_header
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL, ADAPTER = artifact_pb2.ARTIFACT_KIND_MODEL, artifact_pb2.ARTIFACT_KIND_ADAPTER
@@ -53,10 +55,10 @@ class Running:
 
 
 @asynccontextmanager
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
+async def running(tmp_path: Path, **more: Any) -> AsyncIterator[Running]:
     settings = CoreSettings(
         data_dir=tmp_path / "data", listen="127.0.0.1:0", metrics_listen="", auth="off", lease_seconds=3.0,
-        poll_seconds=0.1, allowed_paths=[tmp_path / "allowed"],
+        poll_seconds=0.1, allowed_paths=[tmp_path / "allowed"], **more,
     )  # fmt: skip
     (tmp_path / "allowed").mkdir(exist_ok=True)
     platform = open_platform(settings)
@@ -136,8 +138,18 @@ async def test_merge_check_repair(tmp_path, make_base, make_adapter):
         assert not any("/jobs/" in str(path) for path in (tmp_path / "data").glob("jobs/*/model"))
 
 
-async def test_check_and_repair_by_path(tmp_path, make_base):
+async def counted(stage: Running, line: str) -> None:
+    """Wait until the service's metrics have a line; a job's last figures reach them a moment after its state does."""
+    await until(lambda: line in generate_latest(stage.platform.registry).decode(), line)
+
+
+async def test_check_and_repair_by_path(tmp_path, make_base, make_adapter):
+    """Also a folder whose token receipt is of another tokenizer: nothing else shows that its chats are garbage."""
     base = make_base("llama")
+    receipt = load_receipt(make_adapter(base))
+    row = receipt.rows[1]
+    receipt.rows[1] = type(row)(row.source, row.messages, [*row.input_ids[:6], 77, *row.input_ids[7:]], row.labels_mask)
+    receipt.save(base)
     async with running(tmp_path) as stage:
         target = tmp_path / "allowed" / "broken"
         base.rename(target)
@@ -147,13 +159,17 @@ async def test_check_and_repair_by_path(tmp_path, make_base):
         check = await stage.merger.CheckModel(merger_pb2.CheckModelRequest(model=location))
         found = merger_pb2.CheckModelResult()
         assert (await stage.wait(check.job.name)).result.Unpack(found)
-        assert [finding.code for finding in found.findings] == ["VOCAB_SIZE_MISMATCH"]
+        assert [finding.code for finding in found.findings] == ["VOCAB_SIZE_MISMATCH", "RECEIPT_MISMATCH"]
+        assert "train.jsonl:2" in found.findings[1].message
         assert not found.loadable
+        await counted(stage, 'loraline_model_check_last_findings{code="RECEIPT_MISMATCH",severity="error"} 1.0')
         repair = await stage.merger.RepairModel(merger_pb2.RepairModelRequest(name="mended", model=location))
         mended = merger_pb2.RepairModelResult()
         done = await stage.wait(repair.job.name)
         assert done.result.Unpack(mended), done.error
         assert [finding.code for finding in mended.repaired] == ["VOCAB_SIZE_MISMATCH"]
+        assert [finding.code for finding in mended.remaining] == ["RECEIPT_MISMATCH"]
+        await counted(stage, 'loraline_model_repairs_total{code="VOCAB_SIZE_MISMATCH"} 1.0')
         folder = stage.platform.library.fetch(mended.model)
         assert json.loads((folder / "config.json").read_text())["vocab_size"] == 320
         assert json.loads((target / "config.json").read_text())["vocab_size"] == 999
@@ -173,6 +189,7 @@ async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
         job = await stage.wait((await stage.merger.Merge(request(voice, base_model=foreign))).job.name)
         error = LoralineError.from_status(job.error)
         assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_OF_ANOTHER_BASE")
+        await counted(stage, 'loraline_merge_refused_total{reason="ADAPTER_OF_ANOTHER_BASE"} 1.0')
         strict = request(voice, max_abs_logprob_diff=1e-6)
         strict.request_id = "two"
         job = await stage.wait((await stage.merger.Merge(strict)).job.name)
@@ -183,7 +200,26 @@ async def test_refusals_publish_nothing(tmp_path, make_base, make_adapter):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stage.merger.Merge(wrong)
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        flip(tmp_path / "data", "model.norm.weight")
+        damaged = request(voice)
+        damaged.request_id = "three"
+        error = LoralineError.from_status((await stage.wait((await stage.merger.Merge(damaged)).job.name)).error)
+        assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, "ARTIFACT_DAMAGED")
+        assert "model.safetensors" in error.message
         assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
+
+
+def flip(data: Path, name: str) -> None:
+    """Flip the lowest bit of a tensor that no adapter touches, in the store's copy of the base: no answer shows it."""
+    path = next(data.rglob("models/tiny/v1/model.safetensors"))
+    path.chmod(0o644)
+    header = read_header(path)
+    tensor = next(tensor for tensor in header.tensors if tensor.name == name)
+    with path.open("r+b") as file:
+        file.seek(header.data_start + tensor.start)
+        byte = file.read(1)[0]
+        file.seek(header.data_start + tensor.start)
+        file.write(bytes([byte ^ 1]))
 
 
 async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter):
@@ -210,6 +246,32 @@ async def test_killed_merge_goes_on(tmp_path, make_base, make_adapter):
         assert set(early) <= kept
         assert late not in kept
         assert len(stage.platform.library.list(kind=MODEL, name="merged")[0]) == 1
+
+
+async def test_cancelled_in_the_middle_of_writing(tmp_path, make_base, make_adapter):
+    base = make_base("llama", torch.float32, shard="9KB", num_hidden_layers=4)
+    adapter = make_adapter(base)
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    async with running(tmp_path, stop_grace_seconds=1.0) as stage:
+        _, voice = publish(stage.platform, base, adapter)
+        job = (await stage.merger.Merge(request(voice))).job
+        out = tmp_path / "data" / "jobs" / job.name / "model"
+        out.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(out / f"{shards[12]}.partial")  # as above: the merge stands still here
+        pid = await process_with_shards(out, shards[:6])
+        await until(lambda: speed(stage) > 0, "a speed while the merge writes")
+        await stage.jobs.CancelJob(job_pb2.CancelJobRequest(name=job.name))
+        done = await stage.wait(job.name)
+        assert done.state == job_pb2.JOB_STATE_CANCELLED, done.error
+        assert 0 < done.progress.step < done.progress.total_steps
+        assert not Path(f"/proc/{pid}").exists()
+        assert stage.platform.library.list(kind=MODEL, name="merged")[0] == []
+        assert not list((tmp_path / "data").rglob("models/merged"))
+
+
+def speed(stage: Running) -> float:
+    metrics = generate_latest(stage.platform.registry).decode()
+    return float(metrics.partition("\nloraline_merge_bytes_per_second ")[2].split()[0])
 
 
 async def process_with_shards(out: Path, names: list[str]) -> int:

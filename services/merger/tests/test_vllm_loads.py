@@ -26,6 +26,7 @@ pytest.importorskip("vllm")
 # vLLM's CPU kernels take heads of 32 and more.
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 WITHOUT_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "head_dim"}
+TOKENIZER = "tokenizer_config.json"
 DEFECTS = {
     "intermediate": {"intermediate_size": 47},
     "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -45,15 +46,16 @@ import gc, json, sys, torch
 from vllm import LLM, SamplingParams
 if hasattr(torch._C, "_cpu") and torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()
-question, dtype = json.loads(sys.argv[1]), sys.argv[2]
-for folder in sys.argv[3:]:
+question, dtype, most = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+for folder in sys.argv[4:]:
     try:
         llm = LLM(folder, enforce_eager=True, max_model_len=64, max_num_seqs=2, dtype=dtype, seed=0)
-        params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, prompt_logprobs=0)
+        params = SamplingParams(max_tokens=most, temperature=0, ignore_eos=most == 4, prompt_logprobs=0)
         said = llm.chat(question, params, use_tqdm=False)[0]
         pairs = list(zip(said.prompt_token_ids, said.prompt_logprobs))[1:]
         prompt = [float(found[number].logprob) for number, found in pairs]
-        print("RESULT", json.dumps({"ids": list(said.outputs[0].token_ids), "prompt": prompt}), flush=True)
+        first, why = said.outputs[0], said.outputs[0].finish_reason
+        print("RESULT", json.dumps({"ids": list(first.token_ids), "prompt": prompt, "why": why}), flush=True)
         del llm
     except BaseException as error:
         print("RESULT", json.dumps({"error": f"{type(error).__name__}: {error}"[:200]}), flush=True)
@@ -61,12 +63,18 @@ for folder in sys.argv[3:]:
 """
 
 
-def vllm_answers(folders: list[Path], dtype: str = "float32") -> list[dict[str, Any]]:
-    """Ask vLLM for the answer of each folder and for the log-probabilities of the question's tokens."""
+def vllm_answers(folders: list[Path], dtype: str = "float32", most: int = 4) -> list[dict[str, Any]]:
+    """Ask vLLM for the answer of each folder and for the log-probabilities of the question's tokens.
+
+    4 tokens are generated whatever they are; any other number ends at the end token. A folder that takes the whole
+    process with it counts as {"error": …} when it is the last.
+    """
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(QUESTION), dtype, *map(str, folders)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(QUESTION), dtype, str(most), *map(str, folders)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=870, check=False)
     lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
+    if len(lines) == len(folders) - 1 and done.returncode:
+        lines.append(json.dumps({"error": f"the process ended with {done.returncode}"}))
     assert len(lines) == len(folders), done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads(line) for line in lines]
 
@@ -110,6 +118,44 @@ def test_the_verdict_is_vllms(tmp_path, make_base, make_adapter):
     for name, answer in zip(DEFECTS, answers[2 : 2 + len(broken)], strict=True):
         assert answer != sound, (name, answer)  # an odd width is loaded without a word, and answers otherwise
     assert all(answer == sound for answer in answers[2 + len(broken) :])
+
+
+def test_seed_failures_in_vllm_before_and_after(
+    tmp_path, make_base, end_answers, only_sentencepiece, sentencepiece_model
+):
+    """Answers without end, no path for the vocabulary, ids beyond the embedding; test_seed_failures.py has more."""
+    base = make_base("llama", **SIZES)
+    end_answers(base)
+    llama2 = shutil.copytree(base, tmp_path / "llama2")
+    only_sentencepiece(llama2, sentencepiece_model, tokenizer_class="LlamaTokenizer")
+    harms: dict[str, tuple[Path, dict[str, dict[str, Any]]]] = {
+        "endless": (base, {TOKENIZER: {"eos_token": " "}, "generation_config.json": {"eos_token_id": 0}}),
+        "no path": (llama2, {TOKENIZER: {"tokenizer_class": "MarianTokenizer"}}),
+    }
+    before, after = [], []
+    for name, (source, edits) in harms.items():
+        before.append(shutil.copytree(source, tmp_path / name))
+        for file, values in edits.items():
+            path = before[-1] / file
+            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        after.append(shutil.copytree(before[-1], tmp_path / f"{name}, mended"))
+        assert repair_folder(after[-1], source)
+        assert loadable(check_everything(after[-1], None))
+    before.append(shutil.copytree(base, tmp_path / "beyond"))
+    grow(before[-1])
+    assert not loadable(check_everything(before[-1], None))
+    *mended, endless, no_path, beyond = vllm_answers([*after, *before], most=12)
+    assert [(answer["ids"], answer["why"]) for answer in mended] == [([70, 2], "stop")] * 2
+    assert (endless["ids"], endless["why"]) == ([70, 2] * 6, "length")
+    assert "not NoneType" in no_path["error"]
+    assert "error" in beyond, beyond
+
+
+def grow(folder: Path) -> None:
+    """Add tokens until one that the question has is beyond the rows of the embedding."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([*(f"<|extra {number}|>" for number in range(len(tokenizer), 320)), "boat"])
+    tokenizer._tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("architectures", ARCHITECTURES, ids=["-".join(one) for one in ARCHITECTURES])
