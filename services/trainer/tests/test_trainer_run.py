@@ -148,6 +148,25 @@ def test_paused_between_checkpoints_it_goes_on_at_the_same_step(
     assert digest(finished.folder) == digest(whole[0].folder)
 
 
+def test_an_evaluation_left_out_by_a_hand_over_is_made_up_for(
+    whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A hand-over at a step where an evaluation is due saves at once; whoever goes on evaluates first."""
+    handed = Watcher(stop_at=6, cause="handover")
+    assert training.run(inputs(small_base, dataset), spec(), tmp_path, handed) is None
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [3]
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), tmp_path, watcher)
+    assert finished is not None
+    logs = [[(e["step"], e["eval_loss"]) for e in run.log if "eval_loss" in e] for run in (finished.run, whole[0].run)]
+    assert logs[0] == logs[1]
+    assert [step for step, _ in logs[0]] == [3, 6, 9, 12]
+    assert (watcher.steps[0], "eval_loss" in watcher.metrics[0]) == (6, True)
+    assert digest(finished.folder) == digest(whole[0].folder)
+    assert finished.samples == whole[0].samples
+
+
 def test_a_finished_run_that_lost_its_end_trains_nothing_again(
     whole: tuple[training.FinishedRun, Watcher], small_base: Path, dataset: Path
 ) -> None:
@@ -201,6 +220,19 @@ def test_nf4_trains(small_base: Path, dataset: Path, tmp_path: Path) -> None:
     finished = training.run(inputs(small_base, dataset), asked, tmp_path, Watcher())
     assert finished is not None
     assert finished.precision.quantization == "nf4"
+    assert load_probes(finished.folder).max_shift > 1e-3
+
+
+def test_nf4_trains_where_its_blocks_of_64_do_not_fit_the_rows(dataset: Path, tmp_path: Path) -> None:
+    """Widths of 96 and 192: blocks of 64 weights run across the rows of a matrix."""
+    pytest.importorskip("bitsandbytes")
+    base = make_base(tmp_path / "base", width=96)
+    asked = spec(quantization=pb.QUANTIZATION_NF4, max_steps=4)
+    finished = training.run(inputs(base, dataset), asked, tmp_path / "work", Watcher())
+    assert finished is not None
+    assert finished.precision.quantization == "nf4"
+    losses = [entry["loss"] for entry in finished.run.log if "loss" in entry]
+    assert losses[-1] < losses[0]
     assert load_probes(finished.folder).max_shift > 1e-3
 
 
@@ -289,6 +321,38 @@ def test_out_of_memory_the_run_goes_on_with_smaller_batches(
     losses = [[entry["loss"] for entry in run.log if "loss" in entry] for run in (finished.run, whole[0].run)]
     assert losses[0][:3] == losses[1][:3]
     assert all(abs(one - other) < 0.35 for one, other in zip(*losses, strict=True))
+
+
+def test_out_of_memory_down_the_whole_ladder_still_ends_well(
+    whole: tuple[training.FinishedRun, Watcher],
+    small_base: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory that suffices only for one row at a time with recomputed activations."""
+    import torch
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    real, tried = SFTTrainer.training_step, []
+
+    def training_step(self: Any, model: Any, batch: Any, *rest: Any) -> Any:
+        settings = (len(batch["input_ids"]), self.args.gradient_accumulation_steps, self.args.gradient_checkpointing)
+        if settings not in tried:
+            tried.append(settings)
+        if settings != (1, 8, True):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(self, model, batch, *rest)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+    watcher = Watcher()
+    finished = training.run(inputs(small_base, dataset), spec(), tmp_path, watcher)
+    assert finished is not None
+    assert tried == [(8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (1, 8, True)]
+    assert watcher.counts["oom_recoveries"] == 4
+    assert (finished.run.steps, finished.run.tokens) == (whole[0].run.steps, whole[0].run.tokens)
+    losses = [entry["loss"] for entry in finished.run.log if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_out_of_memory_with_one_row_names_the_knobs(

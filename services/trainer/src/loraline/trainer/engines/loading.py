@@ -142,10 +142,24 @@ def load_model(folder: Path, precision: Precision, *, remote_code: bool = False)
         )
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=remote_code, **options)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=remote_code, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         message = f"The model {folder.name} cannot be loaded: {error}"
         raise failed_precondition("MODEL_UNREADABLE", message) from error
+    _leave_unpacked(model)
+    return model
+
+
+def _leave_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights where it cannot.
+
+    On CPUs with AVX512-bf16 it packs them at the first evaluation, in blocks of 64 inputs and 32 outputs, and fails on
+    layers of other sizes; those are dequantised instead, as in training.
+    """
+    for module in model.modules():
+        packs = getattr(module, "support_avx512bf16_for_cpu", False)
+        if packs and (module.in_features % 64 or module.out_features % 32):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(model: Any, folder: Path, *, dropout: float) -> Any:
