@@ -31,7 +31,7 @@ _CODES = {
 _BY_REASON = {
     "NO_MODEL_LOADED": "loraline models list, then loraline models load model/NAME",
     "MODEL_NOT_READY": "The engine is loading; the same command works when it is done.",
-    "MODEL_LOAD_FAILED": "Waiting does not help. loraline doctor, on the server's machine; then loraline models load model/NAME",
+    "MODEL_LOAD_FAILED": "loraline doctor (on the server), then loraline models load model/NAME",
     "JOB_NOT_FOUND": "loraline jobs list",
     "ARTIFACT_NOT_FOUND": "loraline artifacts list",
     "MODEL_NOT_SERVED": "loraline adapters list",
