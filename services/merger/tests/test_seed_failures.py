@@ -165,7 +165,7 @@ def test_answers_that_never_end_end_after_repair(tmp_path, shared_base, end_answ
 def answer(folder: Path, who: str) -> list[int]:
     """Return the ids that greedy generation gives, at most MOST."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = torch.tensor([tokenizer.encode("Where is the boat?")])
     stop = {"eos_token_id": tokenizer.eos_token_id} if who == "tokenizer" else {}
     said = model.generate(prompt, max_new_tokens=MOST, do_sample=False, pad_token_id=0, **stop)

@@ -96,8 +96,9 @@ def _blank_eos(folder: Path, finding: Finding, base: Path | None) -> None:
     right = base_eos(base) or right_eos(files, config, generation)
     content = _read(folder / finding.file)
     old = content.get("eos_token")
-    whole = isinstance(old, dict) and ("__type" in old or finding.file != TOKENIZER_CONFIG)  # others do not load
-    content["eos_token"] = {**old, "content": right} if whole else right
+    content["eos_token"] = right
+    if isinstance(old, dict) and ("__type" in old or finding.file != TOKENIZER_CONFIG):  # others do not load
+        content["eos_token"] = {**old, "content": right}
     write_json(folder / finding.file, content)
 
 
