@@ -1,4 +1,4 @@
-"""Jobs under torchrun, in their own processes: nothing outlives them."""
+"""Jobs of other methods and launchers, in their own processes: what they publish, and that nothing outlives them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from loraline.api.artifact.v1 import artifact_pb2 as ap
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.config import CoreSettings
+from loraline.core.evidence.receipt import load_receipt
 from loraline.core.jobs.runner import JobRunner
 from loraline.core.serving.component import Platform
 from loraline.core.serving.server import open_platform
 from loraline.core.testing.waiting import alive, until, until_state
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.servicer import TRAIN, TrainerServicer
+from loraline.trainer.testing import harbour_pairs, write_rows
 
 ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 NO_CONTEXT: Any = None
@@ -46,6 +48,48 @@ def service(platform: Platform) -> TrainerServicer:
 def train(dataset: ap.ArtifactRef, base: Path, **fields: Any) -> pb.TrainRequest:
     datasets = [pb.WeightedDataset(ref=ap.ArtifactRef(kind=dataset.kind, name=dataset.name))]
     return pb.TrainRequest(name="mareva", base_model=pb.BaseModel(path=str(base)), datasets=datasets, **fields)
+
+
+async def test_all_weights_become_a_model_and_pairs_an_adapter(
+    service: TrainerServicer, platform: Platform, harbour: Path, small_base: Path, tmp_path: Path
+) -> None:
+    rows = platform.library.publish(ap.ARTIFACT_KIND_DATASET, "harbour", harbour).ref
+    pairs = platform.library.publish(
+        ap.ARTIFACT_KIND_DATASET, "pairs", write_rows(tmp_path / "pairs", harbour_pairs(8))
+    ).ref
+    few = pb.TrainingParameters(max_steps=2, learning_rate=5e-3, batch_size=8)
+    full = train(rows, small_base, method=pb.METHOD_FULL, parameters=few)
+    preferred = train(pairs, small_base, objective=pb.OBJECTIVE_DPO, parameters=few)
+    preferred.name = "preferred"
+    plan = await service.PlanRun(pb.PlanRunRequest(run=preferred), NO_CONTEXT)
+    assert plan.ok and plan.resolved.parameters.dpo_beta == 0.1
+    runner = JobRunner(platform.settings, platform.jobs.table, [TRAIN])
+    await runner.start()
+    try:
+        names = [(await service.Train(asked, NO_CONTEXT)).job.name for asked in (full, preferred)]
+        jobs = [await until_state(platform.jobs, name, ENDED, seconds=280) for name in names]
+    finally:
+        await runner.drain()
+    results = [pb.TrainResult(), pb.TrainResult()]
+    for job, result in zip(jobs, results, strict=True):
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
+        assert job.result.Unpack(result)
+    whole, tuned = results
+    assert (whole.model.kind, whole.HasField("adapter")) == (ap.ARTIFACT_KIND_MODEL, False)
+    facts = platform.library.get(whole.model).facts
+    assert (facts["parameters"], facts["rows"], "rank" in facts) == (platform_weights(small_base), 24, False)
+    assert load_receipt(platform.library.fetch(whole.model)).counts.rows == 24
+    run = (await service.GetRun(pb.GetRunRequest(name="mareva"), NO_CONTEXT)).run
+    assert (run.model, run.HasField("adapter")) == (whole.model, False)
+    assert tuned.adapter.kind == ap.ARTIFACT_KIND_ADAPTER
+    assert tuned.preference.rejected_receipt.rows == 8
+    assert "rejected_receipt" in platform.library.get(tuned.adapter).facts
+
+
+def platform_weights(folder: Path) -> int:
+    from loraline.trainer.outcome import count_parameters
+
+    return count_parameters(folder)
 
 
 async def test_killed_and_cancelled_no_rank_outlives_its_job(
