@@ -41,14 +41,14 @@ mapfile -t cuda < <(grep -oE '^(nvidia|cuda)[a-z0-9-]*' "$out/torch.txt"; echo t
 api=./packages/api core=./packages/core client=./packages/client
 # One environment for everything on a CPU: the demo, the tests, a laptop.
 compile all.txt "$api" "$core[s3,postgres,otel,testing]" "$client[otel]" ./packages/allinone "./services/datagen[korean]" \
-  "./services/trainer[engine,quantization]" "./services/merger[engine,export,quantization]" "./services/inference[cpu,transformers]"
+  "./services/trainer[engine,quantization,reports]" "./services/merger[engine,export,quantization]" "./services/inference[cpu,transformers]"
 # The tools, at versions that live with all.txt.
 compile dev.txt "-r dev.in" -- -c "$out/all.txt"
 # What sets the environments up: the installer, and what builds our own packages.
 compile build.txt uv hatchling editables
 # One file per image.
 compile datagen.txt "$api" "$core[s3,postgres,otel]" "./services/datagen[korean,parquet]"
-compile trainer.txt "$api" "$core[s3,postgres,otel]" "./services/trainer[engine,quantization]"
+compile trainer.txt "$api" "$core[s3,postgres,otel]" "./services/trainer[engine,quantization,reports]"
 compile merger.txt "$api" "$core[s3,postgres,otel]" "./services/merger[engine,export,quantization]"
 compile inference-cpu.txt "$api" "$core[s3,postgres,otel]" "./services/inference[cpu]"
 compile client.txt "$api" "$client[otel]"
