@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export LORALINE_VENV := $(VENV)
 PYTEST := $(BIN)/python -m pytest
+# Processes that run the tests, each whole files. Most tests wait for servers and engines, so two do on two cores.
+WORKERS ?= 2
 
 .PHONY: help setup setup-dev demo compose test test-fast check lint types imports proto check-proto proto-baseline check-lock check-docs check-monitoring lock sbom release bench endurance clean
 
@@ -30,7 +32,7 @@ compose: ## Everything in containers: the stages, MinIO, Postgres, Prometheus, G
 export LORALINE_REQUIRE_SERVERS ?= 1
 
 test: setup-dev ## Every test that needs no GPU
-	@$(PYTEST) $(PYTEST_ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: setup-dev ## The tests that take seconds
 	@$(PYTEST) -m "not slow and not packages" $(PYTEST_ARGS)
