@@ -169,7 +169,7 @@ def check_installed(version: str, wheels: list[Path]) -> None:
 
 def write_sums(folder: Path) -> None:
     """Write the digests of everything in the folder, as sha256sum reads them."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "SHA256SUMS")
+    files = sorted(file for file in folder.glob("*/*") if file.is_file() and not file.name.startswith("."))
     lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder)}\n" for file in files]
     (folder / "SHA256SUMS").write_text("".join(lines))
 

@@ -231,6 +231,9 @@ async def test_a_pulled_model_is_an_artifact_that_needs_no_hub_any_more(
     }
     for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}.items():
         monkeypatch.setenv(name, value)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     # What the library has read from its environment when it was loaded in this process.
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")

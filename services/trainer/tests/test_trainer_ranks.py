@@ -170,6 +170,8 @@ def test_out_of_memory_on_a_rank_starts_all_anew_with_less(monkeypatch: pytest.M
 def test_every_gpu_of_the_machine_trains(small_base: Path, dataset: Path, tmp_path: Path) -> None:
     import torch
 
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     finished = launching.run_on_ranks(
         inputs(small_base, dataset), asked(2, batch_size=2, dtype="fp32"), tmp_path, Watcher()
     )

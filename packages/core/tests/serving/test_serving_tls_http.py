@@ -184,8 +184,9 @@ async def test_metrics_have_the_names_that_dashboards_read(server, series):
             base = f"http://{running.addresses.metrics}"
             answer = await client.get(f"{base}/metrics")
             assert answer.headers["content-type"].startswith("text/plain")
-            openmetrics = await client.get(f"{base}/metrics", headers={"accept": "application/openmetrics-text"})
-            assert openmetrics.text.endswith("# EOF\n")
+            # OpenMetrics would rename vLLM's own metrics, whose names hold a colon: it is never given.
+            asked = await client.get(f"{base}/metrics", headers={"accept": "application/openmetrics-text"})
+            assert asked.headers["content-type"].startswith("text/plain")
             assert (await client.get(f"{base}/other")).status_code == 404
             assert (await client.post(f"{base}/metrics")).status_code == 405
         text = answer.text

@@ -66,8 +66,8 @@ def ask(output: Output, run: trainer_pb2.Run) -> ExistingRun:
         )
     with _interruptible():
         while True:
-            output.out.print("Which? (1-4 or the word; Enter: fail) ", end="", markup=False, highlight=False)
             try:
+                output.out.print("Which? (1-4 or the word; Enter: fail) ", end="", markup=False, highlight=False)
                 line = sys.stdin.readline()
             except KeyboardInterrupt:
                 line = ""
