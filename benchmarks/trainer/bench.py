@@ -77,9 +77,8 @@ def with_loraline(count: int, dtype: str, folder: Path) -> dict[str, float]:
     )  # fmt: skip
     spec = training_spec(pb.TrainRequest(name="bench", parameters=parameters))
     watcher = Watcher()
-    start = sft.Start(
-        None, SampleAnswers([], ChatEncoder(tokenizer, eos_ids_of(tokenizer, None)), folder / "s.json", watcher)
-    )
+    samples = SampleAnswers([], ChatEncoder(tokenizer, eos_ids_of(tokenizer, None)), folder / "s.json", watcher)
+    start = sft.Start(None, samples, folder / "first_batch.json")
     run = sft.train(
         model(dtype), tokenizer, data, spec, Precision(dtype, "none", ""), folder / "c", watcher, folder / "a", start
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +59,31 @@ def address():
     server.kill()
     server.wait()
     server.stdout.close()
+
+
+@pytest.fixture
+def start_here(fake_platform) -> Iterator[Callable[[], str]]:
+    """Starts a platform in this process, once a test has set its answers; a command may block this thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def make():
+        return await fake_platform.start(fake_platform.Platform())
+
+    servers = []
+
+    def start() -> str:
+        server, where = asyncio.run_coroutine_threadsafe(make(), loop).result(30)
+        servers.append(server)
+        return where
+
+    yield start
+    for server in servers:
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 PIPELINE = """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 
 import pytest
 from typer.testing import CliRunner
@@ -29,27 +27,15 @@ async def check_work(platform, job, request):
 
 
 @pytest.fixture
-def address(fake_platform, monkeypatch):
-    """A platform that checks datasets, on an event loop in another thread: the command blocks this one."""
+def address(fake_platform, monkeypatch, start_here):
+    """A platform that checks datasets."""
 
     async def start_check(self, request, context):
         job = await self.p.submit("datagen.check", request, check_work, context)
         return datagen_pb2.CheckDatasetResponse(job=job)
 
     monkeypatch.setattr(fake_platform.Datagen, "CheckDataset", start_check)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server, where = asyncio.run_coroutine_threadsafe(make(fake_platform), loop).result(30)
-    yield where
-    asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(30)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
-
-
-async def make(fake_platform):
-    return await fake_platform.start(fake_platform.Platform())
+    return start_here()
 
 
 def call(*arguments):

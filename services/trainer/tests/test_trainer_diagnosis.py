@@ -83,6 +83,25 @@ def test_noise_alone_changes_no_verdict() -> None:
         assert judge(curve(falling(0.15), evaluation=falling(0.2), noise=noise)).verdict == pb.VERDICT_GOOD
 
 
+def scattered(loss: Callable[[float], float], steps: int, deviation: float, seed: int) -> History:
+    """Return a short run whose steps scatter, as those of small batches do."""
+    draw = random.Random(seed)
+    values = [max(0.01, loss(step / steps) + draw.gauss(0, deviation)) for step in range(1, steps + 1)]
+    return History(tuple(Point(step, value, None, 1e-4, 1.0) for step, value in enumerate(values, start=1)))
+
+
+@pytest.mark.parametrize("steps", [12, 20, 40, 100])
+def test_a_short_run_that_scatters_has_not_diverged(steps: int) -> None:
+    """One in a hundred at most is taken for a rise, and one that climbs is told from noise when steps are enough."""
+    settled = [scattered(lambda share: 0.8 + 2.4 * math.exp(-8 * share), steps, 0.3, seed) for seed in range(300)]
+    assert sum(judge(history).verdict == pb.VERDICT_DIVERGED for history in settled) <= 3
+    climbs = [
+        scattered(lambda share: 2.0 - 2.4 * share if share < 0.5 else 0.8 + 4 * (share - 0.5), steps, 0.3, seed)
+        for seed in range(300)
+    ]
+    assert sum(judge(history).verdict == pb.VERDICT_DIVERGED for history in climbs) >= (285 if steps >= 40 else 100)
+
+
 @pytest.mark.parametrize(
     ("loss", "band"),
     [(0.05, "excellent"), (0.1, "good"), (0.3, "good"), (0.31, "fair"), (0.5, "fair"), (0.51, "insufficient")],

@@ -155,6 +155,8 @@ async def test_a_job_trains_and_publishes(
     run = (await service.GetRun(pb.GetRunRequest(name="mareva"), NO_CONTEXT)).run
     assert run.adapter == result.adapter
     assert run.checkpoints[0].step == 4
+    assert [row.length for row in run.first_batch] == [row.length for row in result.first_batch] != []
+    assert not result.HasField("continuation")
 
 
 @pytest.mark.slow
@@ -188,6 +190,9 @@ async def test_a_continued_run_ends_as_one_that_never_stopped(
     assert parts == whole
     assert (result.resumed_from, result.steps, result.epochs) == ("checkpoint-6", 12, 4.0)
     assert "checkpoint-6" in told and "2.00 epochs remain" in told and "last loss" in told
+    stood = result.continuation
+    assert (stood.checkpoint, stood.epoch, stood.remaining_epochs) == ("checkpoint-6", 2.0, 2.0)
+    assert stood.last_loss == next(point.loss for point in result.loss_curve if point.step == 6)
     again = await run_job(
         platform, (await service.Train(asked(4, "parts", pb.EXISTING_RUN_POLICY_CONTINUE), NO_CONTEXT)).job
     )

@@ -6,6 +6,9 @@ import math
 import shutil
 from pathlib import Path
 
+from google.protobuf import json_format
+
+from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.model import ENDED
@@ -16,10 +19,18 @@ from loraline.trainer.published import bring, place, published_checkpoints, step
 RUN_LABEL = "run"
 """Label that every training job carries: the name of its run."""
 
+CONTINUATION = "continuation.json"
+"""File of a job that went on with an earlier one's run."""
+
+
+def job_folder(data_dir: Path, job: str) -> Path:
+    """Return where a job keeps its files while it works, and what it leaves behind."""
+    return data_dir / "jobs" / job
+
 
 def checkpoints_folder(data_dir: Path, job: str) -> Path:
     """Return where a job keeps its checkpoints."""
-    return data_dir / "jobs" / job / "checkpoints"
+    return job_folder(data_dir, job) / "checkpoints"
 
 
 def newest_checkpoint(data_dir: Path, jobs: list[str]) -> Path | None:
@@ -65,15 +76,32 @@ def bring_checkpoint(context: JobContext, run: str, epochs: float, max_steps: in
     except LoralineError:
         checkpoints.remove([brought])
         raise
-    context.note(standing(brought.name, state, epochs), reason="RUN_CONTINUED", checkpoint=brought.name)
+    stands = standing(brought.name, state, 0.0 if max_steps else epochs)
+    (own.parent / CONTINUATION).write_text(json_format.MessageToJson(stands) + "\n", encoding="utf-8")
+    context.note(told(stands), reason="RUN_CONTINUED", checkpoint=brought.name)
 
 
-def standing(name: str, state: dict, epochs: float) -> str:
-    """Return a line on where a run stands: checkpoint, epoch, what remains, last loss."""
+def standing(name: str, state: dict, epochs: float) -> pb.Continuation:
+    """Return where a run stands: checkpoint, epoch, what remains of `epochs`, last loss."""
     done = float(state.get("epoch") or 0.0)
+    stands = pb.Continuation(checkpoint=name, epoch=done, remaining_epochs=max(0.0, epochs - done))
     losses = [entry["loss"] for entry in state.get("log_history", []) if "loss" in entry]
-    last = f"{losses[-1]:.3f}" if losses else "unknown"
-    return f"continues from {name}: epoch {done:.2f}, {max(0.0, epochs - done):.2f} epochs remain, last loss {last}"
+    if losses:
+        stands.last_loss = losses[-1]
+    return stands
+
+
+def told(stands: pb.Continuation) -> str:
+    """Return the same as a line for people."""
+    remain = f", {stands.remaining_epochs:.2f} epochs remain" if stands.remaining_epochs else ""
+    last = f"{stands.last_loss:.3f}" if stands.HasField("last_loss") else "unknown"
+    return f"continues from {stands.checkpoint}: epoch {stands.epoch:.2f}{remain}, last loss {last}"
+
+
+def continuation(data_dir: Path, job: str) -> pb.Continuation | None:
+    """Return where the run stood when this job took it up; None for a job that started anew."""
+    file = job_folder(data_dir, job) / CONTINUATION
+    return json_format.Parse(file.read_text(encoding="utf-8"), pb.Continuation()) if file.is_file() else None
 
 
 def drop_earlier_checkpoints(context: JobContext, run: str) -> None:

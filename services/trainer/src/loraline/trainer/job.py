@@ -14,7 +14,7 @@ from loraline.core.jobs.context import JobContext
 from loraline.core.jobs.handlers import StopRequested
 from loraline.trainer.base_models import ResolvedBase, resolve_base
 from loraline.trainer.config import TrainerSettings
-from loraline.trainer.continuing import bring_checkpoint, checkpoints_folder, drop_earlier_checkpoints
+from loraline.trainer.continuing import bring_checkpoint, checkpoints_folder, continuation, drop_earlier_checkpoints
 from loraline.trainer.init_adapter import check_base
 from loraline.trainer.observing import ContextObserver
 from loraline.trainer.outcome import as_dict, count_parameters, library_versions, publish
@@ -63,6 +63,8 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
         raise StopRequested("handover")
     made = publish(context, request, base, references, finished)
     result = train_result(finished, made.ref, base.model)
+    if stood := continuation(context.settings.data_dir, context.job):
+        result.continuation.CopyFrom(stood)
     if not spec.preference:  # DPO's loss starts at 0.69 whatever the data; the bands of answers say nothing about it
         context.count("trainer_runs", verdict=verdict_of(result, request.parameters.epochs))
     return result

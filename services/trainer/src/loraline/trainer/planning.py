@@ -105,9 +105,10 @@ def _count(
     rows = len(mixture.train)
     an_epoch = max(1, math.ceil(math.ceil(rows / spec.batch_size) / (spec.grad_accum * processes)))
     answer.total_steps = spec.max_steps or max(1, math.ceil(spec.epochs * an_epoch))
+    at_most = "at most " if spec.packing and not spec.max_steps else ""
     message = (
         f"{mixture.unique_rows} rows, {rows} an epoch with weights, {len(mixture.validation)} for validation, "
-        f"{answer.total_steps} steps."
+        f"{at_most}{answer.total_steps} steps."
     )
     if len(datasets) > 1:
         parts = [

@@ -10,6 +10,8 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.evidence.probes import ProbeSet
 from loraline.core.evidence.receipt import TokenReceipt
+from loraline.trainer.batch_view import FILE_NAME as FIRST_BATCH
+from loraline.trainer.batch_view import load_rows
 
 if TYPE_CHECKING:
     from loraline.trainer.engines.training import FinishedRun
@@ -34,6 +36,7 @@ def train_result(finished: FinishedRun, made: artifact_pb2.ArtifactRef, base: pb
         quantization_note=finished.precision.note,
         resumed_from=run.resumed_from,
         samples=[pb.SampleAnswers(**asdict(sample)) for sample in finished.last_samples],
+        first_batch=load_rows(finished.folder / FIRST_BATCH),
     )
     (result.model if made.kind == artifact_pb2.ARTIFACT_KIND_MODEL else result.adapter).CopyFrom(made)
     if finished.rejected is not None:

@@ -12,7 +12,9 @@ from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError, already_exists, failed_precondition
 from loraline.core.jobs.model import state_name
 from loraline.trainer import checkpoints
-from loraline.trainer.continuing import checkpoints_folder, newest_checkpoint, nothing_to_continue
+from loraline.trainer.batch_view import FILE_NAME as FIRST_BATCH
+from loraline.trainer.batch_view import load_rows
+from loraline.trainer.continuing import checkpoints_folder, job_folder, newest_checkpoint, nothing_to_continue
 from loraline.trainer.published import figures_of, step_of
 
 _LIVE = {job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED}
@@ -76,6 +78,14 @@ def run_of(name: str, jobs: list[job_pb2.Job], data_dir: Path, stored: Iterable[
         checkpoint.artifact.CopyFrom(artifact.ref)
     run.checkpoints.extend(found[step] for step in sorted(found, reverse=True))
     return run
+
+
+def first_batch(job: job_pb2.Job, data_dir: Path) -> list[pb.BatchRow]:
+    """Return what the model was shown first: from the job's result, else from its folder on this machine."""
+    result = pb.TrainResult()
+    if job.result.Unpack(result) and result.first_batch:
+        return list(result.first_batch)
+    return load_rows(job_folder(data_dir, job.name) / FIRST_BATCH)
 
 
 def _from_store(artifact: Artifact) -> pb.Checkpoint:

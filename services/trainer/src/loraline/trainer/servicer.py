@@ -23,7 +23,7 @@ from loraline.trainer.diagnosis.subject import diagnose, from_file, from_jobs
 from loraline.trainer.init_adapter import with_start
 from loraline.trainer.planning import plan
 from loraline.trainer.published import published_checkpoints
-from loraline.trainer.runs import refuse_existing, run_of
+from loraline.trainer.runs import first_batch, refuse_existing, run_of
 from loraline.trainer.spec import not_servable, resolve, servability_problems, training_spec
 
 TRAIN = JobHandler("trainer.train", pb.TrainRequest, "loraline.trainer.job:train")
@@ -83,7 +83,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
         """Return one run."""
         jobs = await self._existing_jobs(request.name)
-        return pb.GetRunResponse(run=await asyncio.to_thread(self._run, request.name, jobs))
+        run = await asyncio.to_thread(self._run, request.name, jobs)
+        run.first_batch.extend(await asyncio.to_thread(first_batch, jobs[0], self._platform.settings.data_dir))
+        return pb.GetRunResponse(run=run)
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext) -> pb.ListRunsResponse:
         """Return a page of runs; a page is cut from the jobs, so a run shows up with its newest job."""

@@ -37,6 +37,9 @@ padding:.45rem 1rem;border-top:1px solid var(--line)}
 table{border-collapse:collapse;width:100%;table-layout:fixed}
 th,td{text-align:left;vertical-align:top;padding:.45rem .5rem;
 border-top:1px solid var(--line);overflow-wrap:anywhere;white-space:pre-wrap}th{color:var(--soft);font-weight:500}
+.tokens{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9}
+.tokens span,.tokens mark{border-left:1px solid var(--line);color:inherit;padding:.1rem 0}
+.tokens mark{background:color-mix(in srgb,#2e9e5b 28%,transparent)}
 @media(max-width:40rem){table,tbody,tr,td{display:block}thead{display:none}td{border:0;padding:.15rem 0}
 tr{border-top:1px solid var(--line);padding:.5rem 0;display:block}
 td::before{content:attr(data-of) ": ";color:var(--soft)}}
@@ -49,6 +52,7 @@ def html_page(
     history: History,
     patch: Mapping[str, object],
     samples: Sequence[pb.SampleAnswers] = (),
+    first_batch: Sequence[pb.BatchRow] = (),
 ) -> str:
     """Return the page."""
     name = pb.Verdict.Name(judgement.verdict).removeprefix("VERDICT_").replace("_", " ").lower()
@@ -68,6 +72,8 @@ def html_page(
         parts.append(section("Run next with", f"<pre>{escape(as_pipeline(patch))}</pre>"))
     if samples:
         parts.append(section("What base and adapter answer", _answers(samples)))
+    if first_batch:
+        parts.append(section("What the model was shown first", _batch(first_batch)))
     parts.extend(_others(history))
     return page(title, parts, style=_STYLE)
 
@@ -95,6 +101,22 @@ def _answers(samples: Sequence[pb.SampleAnswers]) -> str:
         rows.append(f"<tr>{shown}</tr>")
     head = "<thead><tr><th>asked</th><th>base</th><th>adapter</th><th>row</th></tr></thead>"
     return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+
+
+def _batch(rows: Sequence[pb.BatchRow]) -> str:
+    """Return rows with their token borders; what carries loss is marked."""
+    shown = []
+    for number, row in enumerate(rows, start=1):
+        tokens = "".join(
+            f'<{"mark" if trained else "span"} title="{token_id}">{escape(text)}</{"mark" if trained else "span"}>'
+            for token_id, text, trained in zip(row.token_ids, row.tokens, row.trained, strict=True)
+        )
+        cut = f", the first {len(row.token_ids)} shown" if row.length > len(row.token_ids) else ""
+        shown.append(
+            f'<p class="soft">row {number}: {row.length} tokens{cut}, {sum(row.trained)} carry loss</p>'
+            f'<pre class="tokens">{tokens}</pre>'
+        )
+    return f'<p class="soft">Marked tokens carry loss; hold the pointer over one for its id.</p>{"".join(shown)}'
 
 
 def _losses(history: History) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import pairwise
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.trainer.diagnosis.bands import accuracy_band, loss_band
@@ -15,6 +16,9 @@ _ENOUGH_POINTS = 10
 _RISE = 1.1
 """A loss that ends a tenth above its lowest stretch, or an evaluation loss 5 % above its lowest, has turned."""
 _EVALUATION_RISE = 1.05
+_BEYOND_NOISE = 4.0
+"""Standard errors by which a rise must exceed the scatter from step to step: the lowest of ten stretches of noise alone
+lies up to three below the last."""
 _MORE_DATA = "The evaluation loss has turned, so that more steps only teach these rows by heart: add rows first."
 
 
@@ -32,16 +36,30 @@ def rising(history: History, facts: Facts) -> Sign | None:
     """The loss ends well above where it was."""
     if not _has_trend(history):
         return None
-    bins = smoothed(history.points)
+    # Stretches as long as the tail: the mean of fewer steps is lower somewhere by chance alone.
+    bins = smoothed(history.points, 10)
     lowest, last = min(bins), mean_loss(history.tail)
     if not math.isfinite(last):
         return None
     # A converged run hovers; near zero a tenth is nothing, so that the rise must count in nats too.
-    if last <= lowest * _RISE or last - lowest < 0.1 or last < bins[0] * 0.5:
+    if last <= lowest * _RISE or last - lowest < max(0.1, _BEYOND_NOISE * _noise_of_tail(history)):
+        return None
+    if last < bins[0] * 0.5:
         return None
     message = f"The loss ends at {last:.3f}, after having been {lowest:.3f}."
     remedy = "Lower learning_rate to a third and raise warmup_ratio to 0.1."
     return Sign("LOSS_RISES", False, message, remedy, pb.VERDICT_DIVERGED, grave=True)
+
+
+def _noise_of_tail(history: History) -> float:
+    """Return the standard error of the difference of two tails' means, in nats, from how neighbouring steps differ.
+
+    The differences of neighbours leave a trend out; half their variance is a single step's (von Neumann).
+    """
+    losses = [point.loss for point in history.points if math.isfinite(point.loss)]
+    steps = [after - before for before, after in pairwise(losses)]
+    of_a_step = statistics.median(abs(step) for step in steps) / (0.6745 * math.sqrt(2)) if steps else 0.0
+    return of_a_step * math.sqrt(2 / len(history.tail))
 
 
 def nothing_to_learn(history: History, facts: Facts) -> Sign | None:

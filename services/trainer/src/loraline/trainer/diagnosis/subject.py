@@ -18,6 +18,7 @@ from loraline.trainer.diagnosis.history import History, from_curve, from_state, 
 from loraline.trainer.diagnosis.judging import judge
 from loraline.trainer.diagnosis.page import html_page
 from loraline.trainer.diagnosis.sign import Facts, Sign, facts_of
+from loraline.trainer.runs import first_batch
 from loraline.trainer.spec import resolve
 
 
@@ -30,6 +31,8 @@ class Subject:
     facts: Facts
     parameters: pb.TrainingParameters
     """Its settings with defaults written out."""
+    first_batch: Sequence[pb.BatchRow] = ()
+    """What the model was shown first."""
 
 
 def diagnose(subject: Subject) -> pb.DiagnoseResponse:
@@ -40,7 +43,7 @@ def diagnose(subject: Subject) -> pb.DiagnoseResponse:
         verdict=judgement.verdict,
         reasons=[_reason(sign) for sign in judgement.signs],
         loss_curve=to_curve(subject.history),
-        html=html_page(subject.title, judgement, subject.history, patch, subject.facts.samples),
+        html=html_page(subject.title, judgement, subject.history, patch, subject.facts.samples, subject.first_batch),
         samples=subject.facts.samples,
     )
     if patch:
@@ -75,7 +78,8 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
     facts = Facts(earlier=[other for _, other in known[1:]])
     if job.result.Unpack(result):
         facts = facts_of(result, earlier=facts.earlier, rank=request.parameters.lora.r)
-    return Subject(f"Run {name}", history, facts, resolve(request).parameters)
+    shown = first_batch(job, data_dir)
+    return Subject(f"Run {name}", history, facts, resolve(request).parameters, shown)
 
 
 def _history(job: job_pb2.Job, data_dir: Path) -> History | None:

@@ -15,6 +15,7 @@ from loraline.trainer import checkpoints
 from loraline.trainer.engines import ranks
 from loraline.trainer.engines.arguments import evaluation_steps, training_arguments
 from loraline.trainer.engines.callbacks import REWARDS, LiveProgress, RunObserver, SealedCheckpoints, Stopping
+from loraline.trainer.engines.first_batch import show_first_batch
 from loraline.trainer.engines.loading import Precision, load_adapter
 from loraline.trainer.engines.packing import Pack, pack, pack_collator, pack_dataset
 from loraline.trainer.engines.pair_trainer import PairTrainer, pair_dataset
@@ -51,6 +52,8 @@ class Start:
     adapter: Path | None
     """Folder of the adapter to go on from; None for a fresh one."""
     samples: SampleAnswers
+    batch_file: Path
+    """Where to write what the model is shown first."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def train(
     set_seed(spec.seed)
     shown = _shown(data, spec)
     trainer, stopping = _build(model, tokenizer, data, shown, spec, precision, folder, observer, start)
+    if resume_from is None or not start.batch_file.exists():
+        show_first_batch(trainer, tokenizer, start.batch_file, observer)
     start.samples.look_at_base(trainer.model)
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

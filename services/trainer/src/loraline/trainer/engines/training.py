@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from loraline.core.evidence.probes import ProbeSet
 from loraline.core.evidence.receipt import TokenReceipt
 from loraline.trainer.base_models import ResolvedBase
+from loraline.trainer.batch_view import FILE_NAME as FIRST_BATCH
 from loraline.trainer.engines import adapter_folder, probing, ranks, sft
 from loraline.trainer.engines.callbacks import RunObserver
 from loraline.trainer.engines.characters import check_characters
@@ -92,7 +93,7 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     checkpoints = workdir / "checkpoints"
     prompts = sample_prompts(inputs.sample_prompts, data.train, data.validation, seed=spec.seed)
     samples = SampleAnswers(prompts, encoder, workdir / SAMPLES, observer)
-    start = sft.Start(inputs.init_adapter, samples)
+    start = sft.Start(inputs.init_adapter, samples, workdir / FIRST_BATCH)
     trained, spec = train_within_memory(base, tokenizer, data, spec, precision, checkpoints, observer, target, start)
     writes = ranks.first()
     ranks.part()
@@ -107,6 +108,7 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
         target, trained, figures, data.receipt, probes, precision, targets, samples.taken, data.rejected
     )
     adapter_folder.complete(target, finished, inputs, spec, encoder)
+    shutil.copyfile(workdir / FIRST_BATCH, target / FIRST_BATCH)
     return finished
 
 

@@ -879,6 +879,8 @@ class TrainResult(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     PREFERENCE_FIELD_NUMBER: _builtins.int
+    FIRST_BATCH_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
     final_loss: _builtins.float
     """Mean training loss over the last tenth of the steps, in nats per token."""
     eval_loss: _builtins.float
@@ -929,6 +931,14 @@ class TrainResult(_message.Message):
     def preference(self) -> Global___PreferenceSummary:
         """Figures of OBJECTIVE_DPO."""
 
+    @_builtins.property
+    def first_batch(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchRow]:
+        """What the model was shown first; the file first_batch.json beside the weights."""
+
+    @_builtins.property
+    def continuation(self) -> Global___Continuation:
+        """Where the run stood when EXISTING_RUN_POLICY_CONTINUE took it up; unset otherwise."""
+
     def __init__(
         self,
         *,
@@ -949,16 +959,96 @@ class TrainResult(_message.Message):
         samples: _abc.Iterable[Global___SampleAnswers] | None = ...,
         model: _artifact_pb2.ArtifactRef | None = ...,
         preference: Global___PreferenceSummary | None = ...,
+        first_batch: _abc.Iterable[Global___BatchRow] | None = ...,
+        continuation: Global___Continuation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "eval_loss", b"eval_loss", "model", b"model", "preference", b"preference", "probes", b"probes", "receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "continuation", b"continuation", "eval_loss", b"eval_loss", "model", b"model", "preference", b"preference", "probes", b"probes", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "epochs", b"epochs", "eval_loss", b"eval_loss", "final_loss", b"final_loss", "loss_curve", b"loss_curve", "model", b"model", "preference", b"preference", "probes", b"probes", "quantization_note", b"quantization_note", "receipt", b"receipt", "resumed_from", b"resumed_from", "samples", b"samples", "steps", b"steps", "token_accuracy", b"token_accuracy", "tokens", b"tokens", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "adapter", b"adapter", "base_model", b"base_model", "continuation", b"continuation", "epochs", b"epochs", "eval_loss", b"eval_loss", "final_loss", b"final_loss", "first_batch", b"first_batch", "loss_curve", b"loss_curve", "model", b"model", "preference", b"preference", "probes", b"probes", "quantization_note", b"quantization_note", "receipt", b"receipt", "resumed_from", b"resumed_from", "samples", b"samples", "steps", b"steps", "token_accuracy", b"token_accuracy", "tokens", b"tokens", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
     _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
 
 Global___TrainResult: _TypeAlias = TrainResult  # noqa: Y015
+
+@_typing.final
+class BatchRow(_message.Message):
+    """A row of a batch as the model is shown it: at most 512 tokens of at most 4 rows are kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINED_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    """Tokens of the whole row; more than are kept where it was long."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids, padding left out."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text that each token adds; empty for one that begins a character which a later one completes. Joined, the row's
+        text.
+        """
+
+    @_builtins.property
+    def trained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Whether each token carries loss."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _abc.Iterable[_builtins.str] | None = ...,
+        trained: _abc.Iterable[_builtins.bool] | None = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "token_ids", b"token_ids", "tokens", b"tokens", "trained", b"trained"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchRow: _TypeAlias = BatchRow  # noqa: Y015
+
+@_typing.final
+class Continuation(_message.Message):
+    """Where a run stood when it was taken up again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REMAINING_EPOCHS_FIELD_NUMBER: _builtins.int
+    LAST_LOSS_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.str
+    """Name of the checkpoint."""
+    epoch: _builtins.float
+    """Epochs made by then."""
+    remaining_epochs: _builtins.float
+    """Epochs that remained; 0 where steps were asked for instead."""
+    last_loss: _builtins.float
+    """Training loss of the last step before it, in nats per token; unset when none was logged."""
+    def __init__(
+        self,
+        *,
+        checkpoint: _builtins.str = ...,
+        epoch: _builtins.float = ...,
+        remaining_epochs: _builtins.float = ...,
+        last_loss: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "last_loss", b"last_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss", "checkpoint", b"checkpoint", "epoch", b"epoch", "last_loss", b"last_loss", "remaining_epochs", b"remaining_epochs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__last_loss: _TypeAlias = _typing.Literal["last_loss"]  # noqa: Y015
+    _WhichOneofArgType__last_loss: _TypeAlias = _typing.Literal["_last_loss", b"_last_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_loss) -> _WhichOneofReturnType__last_loss | None: ...
+
+Global___Continuation: _TypeAlias = Continuation  # noqa: Y015
 
 @_typing.final
 class SampleAnswers(_message.Message):
@@ -1144,7 +1234,7 @@ class PlanRunResponse(_message.Message):
     RESOLVED_FIELD_NUMBER: _builtins.int
     OK_FIELD_NUMBER: _builtins.int
     total_steps: _builtins.int
-    """Optimizer steps it would take."""
+    """Optimizer steps it would take; with packing at most so many, because rows that share a sequence make fewer."""
     ok: _builtins.bool
     """Whether Train would accept it."""
     @_builtins.property
@@ -1267,6 +1357,7 @@ class Run(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    FIRST_BATCH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     job: _builtins.str
@@ -1289,6 +1380,10 @@ class Run(_message.Message):
     def model(self) -> _artifact_pb2.ArtifactRef:
         """The model, when METHOD_FULL made one."""
 
+    @_builtins.property
+    def first_batch(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchRow]:
+        """What the model is shown first, from the moment that the newest job trains; ListRuns leaves it out."""
+
     def __init__(
         self,
         *,
@@ -1299,10 +1394,11 @@ class Run(_message.Message):
         adapter: _artifact_pb2.ArtifactRef | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         model: _artifact_pb2.ArtifactRef | None = ...,
+        first_batch: _abc.Iterable[Global___BatchRow] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "model", b"model", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "checkpoints", b"checkpoints", "job", b"job", "model", b"model", "name", b"name", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "checkpoints", b"checkpoints", "first_batch", b"first_batch", "job", b"job", "model", b"model", "name", b"name", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

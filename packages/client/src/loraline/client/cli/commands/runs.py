@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,13 @@ _STYLES = {
     trainer_pb2.VERDICT_OVERFIT: "bold yellow",
 }
 
+_PHASES = (
+    (trainer_pb2.RUN_PHASE_BEFORE, "before: data and settings"),
+    (trainer_pb2.RUN_PHASE_DURING, "during: the course of the loss"),
+    (trainer_pb2.RUN_PHASE_AFTER, "after: what came out"),
+    (trainer_pb2.RUN_PHASE_UNSPECIFIED, "besides"),
+)
+
 
 def register(app: App) -> None:
     """Add the group."""
@@ -29,6 +37,7 @@ def register(app: App) -> None:
     app.add_typer(group, name="runs")
     group.command("list")(list_runs)
     group.command("show")(show)
+    group.command("batch")(batch)
     group.command("diagnose")(diagnose)
 
 
@@ -83,6 +92,56 @@ def show(name: Annotated[str, typer.Argument(help="Name of the run.")]) -> None:
     output.table(["checkpoint", "epoch", "loss", "eval loss"], rows, empty="No checkpoint lies on the server.")
 
 
+def batch(
+    name: Annotated[str, typer.Argument(help="Name of the run.")],
+    tokens: Annotated[bool, typer.Option("--tokens", help="A line for each token, with its id.")] = False,
+) -> None:
+    """Show the first batch as the model is shown it: tokens, text, and what carries loss.
+
+    It is there as soon as the run trains. What carries loss stands between ⟦ and ⟧.
+
+    Examples:
+
+      loraline runs batch mareva
+      loraline runs batch mareva --tokens
+    """
+    output = invocation().output
+    with invocation().client() as client:
+        rows = client.trainer.run(name).first_batch
+    if output.json:
+        output.data(list(rows))
+        return
+    if not rows:
+        output.say(f"The run {name} has shown its model nothing yet. Follow it with `loraline jobs list`.")
+    for number, row in enumerate(rows, start=1):
+        cut = f", the first {len(row.token_ids)} shown" if row.length > len(row.token_ids) else ""
+        output.say(f"row {number}: {row.length} tokens{cut}, {sum(row.trained)} carry loss", "bold cyan")
+        if tokens:
+            _tell_tokens(output, row)
+        else:
+            output.line(with_marks(row))
+            output.line("")
+
+
+def _tell_tokens(output: Output, row: trainer_pb2.BatchRow) -> None:
+    lines = [
+        [str(place), str(token), "loss" if trained else "", repr(text)[1:-1]]
+        for place, (token, text, trained) in enumerate(zip(row.token_ids, row.tokens, row.trained, strict=True))
+    ]
+    output.table(["place", "id", "", "text"], lines, empty="No token.")
+
+
+def with_marks(row: trainer_pb2.BatchRow) -> str:
+    """Return a row's text with ⟦ and ⟧ around what carries loss."""
+    parts, inside = [], False
+    for text, trained in zip(row.tokens, row.trained, strict=True):
+        if trained != inside:
+            parts.append("⟦" if trained else "⟧")
+            inside = trained
+        parts.append(text)
+    return "".join([*parts, "⟧"] if inside else parts)
+
+
 def diagnose(
     name: Annotated[str, typer.Argument(help="Name of the run; leave it out with --file.")] = "",
     file: Annotated[
@@ -120,18 +179,37 @@ def _tell(output: Output, answer: trainer_pb2.DiagnoseResponse) -> None:
     verdict = enum_word(trainer_pb2.Verdict.DESCRIPTOR, answer.verdict).replace("_", " ").lower()
     output.line(f"verdict: {verdict}", _STYLES.get(answer.verdict, "bold red"))
     tell_loss(output, answer.loss_curve)
-    output.say("")
-    for reason in answer.reasons:
-        grave = reason.severity == job_pb2.SEVERITY_ERROR
-        word, style = ("ok", "green") if reason.passed else ("bad", "bold red") if grave else ("look", "yellow")
-        output.line(f"  {word:<5} {reason.message}", style)
-        if reason.remedy and not reason.passed:
-            output.line(f"        {reason.remedy}")
+    for phase, heading in _PHASES:
+        reasons = [reason for reason in answer.reasons if reason.phase == phase]
+        if reasons:
+            output.say("")
+            output.say(heading, "bold cyan")
+        for reason in reasons:
+            _tell_reason(output, reason)
+    _tell_samples(output, answer.samples)
     if answer.config_patch.fields:
         output.say("")
         output.say("run next with these training_params", "bold cyan")
         for key, value in _flat(dict(answer.config_patch)):
             output.line(f"  {key}: {value}")
+
+
+def _tell_reason(output: Output, reason: trainer_pb2.PlanCheck) -> None:
+    grave = reason.severity == job_pb2.SEVERITY_ERROR
+    word, style = ("ok", "green") if reason.passed else ("bad", "bold red") if grave else ("look", "yellow")
+    output.line(f"  {word:<5} {reason.message}", style)
+    if reason.remedy and not reason.passed:
+        output.line(f"        {reason.remedy}")
+
+
+def _tell_samples(output: Output, samples: Iterable[trainer_pb2.SampleAnswers]) -> None:
+    """Show what base and adapter answer, one below the other: answers are too long for columns."""
+    for sample in samples:
+        output.say("")
+        output.line(f"asked ({sample.origin.replace('_', ' ')}): {sample.prompt}", "bold")
+        for of, text in (("base", sample.base), ("adapter", sample.adapter), ("row", sample.reference)):
+            if text:
+                output.line(f"  {of:<8} {text}")
 
 
 def _flat(settings: dict) -> list[tuple[str, str]]:
