@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_the_example_of_settings_names_every_variable_with_its_default() -> None
     assert {name: told.get(name) for name in used} == used
     assert set(told) - set(used) == {"COMPOSE_FILE"}, "settings that nothing reads"
     assert example.count("CHANGEME") >= 4
+
+
+def test_a_collector_named_in_the_settings_switches_traces_on(compose: dict[str, Any]) -> None:
+    given = [compose["services"][stage]["environment"] for stage in STAGES]
+    settings = [{name: value for name, value in one.items() if name.startswith("OTEL_")} for one in given]
+    assert settings[0]
+    assert all(one == settings[0] for one in settings), "one trace goes through all four stages"
+    defaults = {name: with_defaults(value) for name, value in settings[0].items()}
+    assert settings[0] == {name: f"${{{name}:-{default}}}" for name, default in defaults.items()}
+    program = "from loraline.core import tracing; tracing.configure('stage'); print(tracing.on())"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | defaults
+    assert clean["OTEL_EXPORTER_OTLP_ENDPOINT"] == ""
+    for endpoint, on in (("", "False"), ("http://127.0.0.1:9", "True")):
+        command = [sys.executable, "-W", "error", "-c", program]
+        environment = clean | {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert (ran.stdout.split(), ran.stderr) == ([on], ""), "OpenTelemetry does not understand the defaults"
 
 
 @pytest.mark.parametrize("stage", STAGES)
