@@ -36,11 +36,8 @@ def _run(loss: str, steps: str) -> dict[str, str]:
     return {f"loraline_training_loss{{{RUN}}}": loss, f"loraline_training_steps{{{RUN}}}": steps}
 
 
-def _rows(accepted: str, rejected: str) -> dict[str, str]:
-    return {
-        f'loraline_datagen_rows_total{{{DATAGEN},outcome="accepted"}}': accepted,
-        f'loraline_datagen_rows_total{{{DATAGEN},outcome="rejected_duplicate"}}': rejected,
-    }
+def _rows(**outcomes: str) -> dict[str, str]:
+    return {f'loraline_datagen_rows_total{{{DATAGEN},outcome="{name}"}}': values for name, values in outcomes.items()}
 
 
 def _limits(errors: str, requests: str) -> dict[str, str]:
@@ -105,7 +102,7 @@ RISES = " ".join(f"{2 + max(0, minute - 20) * 0.1:.2f}" for minute in range(61))
 BUMP = " ".join("1.0" if minute != 40 else "3.0" for minute in range(61))
 FAST, SLOW = "InferenceErrorsBurnFast", "InferenceErrorsBurnSlowly"
 
-FIRES: dict[str, Case] = {
+FIRES: dict[str, Case | list[Case]] = {
     "TrainingDiverged": Case(_runs("diverged", "0x10 1x20"), 20),
     "TrainingLossRises": Case(_run(RISES, "0+5x60"), 55),
     "TrainingLossNotFinite": Case(_run("2x5" + " NaN" * 10, "0+5x20"), 10),
@@ -120,7 +117,13 @@ FIRES: dict[str, Case] = {
         _one("loraline_datagen_pauses_total", f'{ENDPOINT},reason="QUOTA_EXHAUSTED"', "_x40 1x10"),
         45,
     ),
-    "DatagenRejectionRateHigh": Case(_rows("0+2x60", "0+6x60"), 45),
+    "DatagenRejectionRateHigh": [
+        Case(_rows(accepted="0+2x60", rejected_schema="0+6x60"), 45),
+        Case(_rows(accepted="3x60", duplicate="0+8x60"), 45),  # a model that says the same again and again
+        Case(_rows(unparsable_answer="0+3x60"), 45),
+        # What is told of accepted rows besides does not thin the rate.
+        Case(_rows(accepted="0+2x60", mended="0+2x60", repaired="0+2x60", timeout="0+3x60"), 45),
+    ],
     "DatagenRateLimited": Case(_limits("0+8x60", "0+10x60"), 40),
     "JobPausedTooLong": Case(
         _one("loraline_job_pause_age_seconds", f'{DATAGEN},kind="datagen.generate"', "21000+60x60"), 40
@@ -179,7 +182,12 @@ STAYS_QUIET: dict[str, list[Case]] = {
     "DatagenQuotaExhausted": [
         Case(_one("loraline_datagen_pauses_total", f'{ENDPOINT},reason="QUOTA_EXHAUSTED"', "1x60"), 50),
     ],
-    "DatagenRejectionRateHigh": [Case(_rows("0+6x60", "0+2x60"), 45), Case(_rows("0x60", "0x10 1 2 3x48"), 45)],
+    "DatagenRejectionRateHigh": [
+        Case(_rows(accepted="0+6x60", rejected_schema="0+2x60"), 45),
+        Case(_rows(accepted="0x60", rejected_schema="0x10 1 2 3x48"), 45),  # three rows say nothing
+        Case(_rows(accepted="0+2x60", mended="0+6x60", repaired="0+6x60"), 45),
+        Case(_rows(accepted="0+2x60", surplus="0+6x60"), 45),
+    ],
     "DatagenRateLimited": [Case(_limits("0+1x60", "0+10x60"), 40)],
     "JobPausedTooLong": [
         Case(_one("loraline_job_pause_age_seconds", f'{DATAGEN},kind="datagen.generate"', "0+60x60"), 60),

@@ -42,7 +42,7 @@ DATAGEN = Board(
             Panel(
                 "Rows a minute by outcome",
                 {"{{outcome}}": "sum by (outcome) (rate(loraline_datagen_rows_total[5m])) * 60"},
-                text="accepted, or rejected_<code>: what the gate found in a row.", width=12,
+                text="accepted, or why not: rejected_<rule>, duplicate, unparsable_answer, … (docs/metrics.md, outcome).", width=12,
             ),
             Panel(
                 "Part of the rows that is refused", {"refused": "datagen:rejected_rows:ratio_rate30m"},

@@ -49,7 +49,9 @@ LABELS = {
     "model_kind": "`base`, `adapter`, `none` (refused before a model was found)",
     "model_name": "the model that vLLM serves",
     "operation": "`publish`, `publish_unchanged`, `fetch`, `verify`",
-    "outcome": "`ok`, `cancelled` or a reason of docs/troubleshooting.md; datagen: `accepted`, `rejected_<code>`",
+    "outcome": "`ok`, `cancelled` or a reason of docs/troubleshooting.md; datagen: `accepted`, what came to nothing "
+    "(`rejected_<rule>`, `duplicate`, `unparsable_answer`, `timeout`, `set_aside`, `filtered`, `refused`, "
+    "`bad_record`, `no_prompt`) and what is told besides (`repaired`, `mended`, `surplus`)",
     "part": "the server's stages, `database`, `server`; of a merge: `write`, `measure`",
     "patchlevel": "of Python",
     "profile": "response profiles of the server's profile folder",

@@ -30,7 +30,7 @@ def job_metrics(registry: CollectorRegistry) -> dict[str, Counter | Gauge]:
     counters = {
         "requests": ("Requests to language models by result.", ("result", *ROUTE)),
         "request_seconds": ("Time that answered requests took.", ROUTE),
-        "rows": ("Rows of all sources by outcome; those that the gate refuses as rejected_<code>.", ("outcome",)),
+        "rows": ("Rows of all sources by outcome; which there are is told at the label.", ("outcome",)),
         "answers_reused": ("Answers taken over from earlier jobs, which had paid for them.", ()),
         "quota_errors": ("Refusals because of a limit, by its kind.", ("reason", *ROUTE)),
         "pauses": ("Jobs paused because of a limit, a cost bound or an endpoint, by reason.", ("reason", *ROUTE)),

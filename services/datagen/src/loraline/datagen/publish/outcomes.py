@@ -9,6 +9,14 @@ from pathlib import Path
 
 METRIC = "datagen_rows"
 
+ACCEPTED = "accepted"
+TOLD_BESIDES = ("repaired", "mended", "surplus")
+"""Told besides: of rows that are accepted as well, and of good rows that nobody asked for. No part of the rate."""
+REFUSED = (
+    "duplicate", "unparsable_answer", "timeout", "set_aside", "filtered", "refused", "bad_record", "no_prompt",
+)  # fmt: skip
+"""Rows and answers that came to nothing; so did those of the gate's rules, `rejected_<rule in lower case>`."""
+
 
 class OutcomeCounter:
     """Counts rows of one part of a job by outcome. What was told lies at `path`, which outlives an attempt.
