@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from counting_engine import TOY, CountingEngine, MakeHost, answer, until
 
 from loraline.core.errors import LoralineError
 from loraline.inference.engine_watch import Backoff
-from loraline.inference.engines.port import EngineOptions
+from loraline.inference.engines.port import EngineOptions, EngineRequest, Piece
 from loraline.inference.host import ModelHost
 
 QUICK = {"check_interval_seconds": 0.05, "check_timeout_seconds": 0.3}
@@ -66,14 +69,50 @@ async def test_a_busy_engine_whose_check_waits_in_its_queue_is_well(make_host: M
     first.gate.set()
 
 
-async def test_checks_are_left_out_while_requests_get_tokens_and_leave_no_request_behind(make_host: MakeHost) -> None:
-    host = make_host(**QUICK)
+async def test_checks_are_left_out_while_requests_get_tokens_and_leave_no_request_behind(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks, looks, gaps = 0, 0, []
+    generate, healthy = CountingEngine.generate, CountingEngine.healthy
+
+    async def counted(self: CountingEngine, request: EngineRequest) -> AsyncGenerator[Piece, None]:
+        nonlocal checks
+        checks += request.request_id.startswith("ready-")
+        before = time.monotonic()
+        async with aclosing(generate(self, request)) as pieces:
+            async for piece in pieces:
+                await asyncio.sleep(0.01)
+                if not request.request_id.startswith("ready-"):
+                    gaps.append(time.monotonic() - before)
+                before = time.monotonic()
+                yield piece
+
+    async def looked(self: CountingEngine) -> bool:
+        nonlocal looks
+        looks += 1
+        return await healthy(self)
+
+    host = make_host(check_interval_seconds=0.25, check_timeout_seconds=30)
     await host.start()
     await host.load_model(TOY)
+    monkeypatch.setattr(CountingEngine, "generate", counted)
+    monkeypatch.setattr(CountingEngine, "healthy", looked)
     begun = host.serving().last_token
-    await asyncio.sleep(0.5)
+    await until(lambda: checks >= 2)  # idle
     assert host.serving().last_token == begun  # checks are nobody's requests
-    assert engine().running == 0
+    asked = asyncio.create_task(answer(host, tokens=480))
+    await until(lambda: bool(gaps) and engine().running == 1)
+    checks = looks = 0
+    gaps.clear()
+    await until(lambda: looks >= 5)
+    assert not asked.done()
+    # None, but where this machine stood still for so long that the answer itself got no token.
+    assert checks <= sum(gap >= 0.25 for gap in gaps)
+    asked.cancel()
+    await until(lambda: engine().running == 0)
+    checks = 0
+    await until(lambda: checks >= 1)  # idle again
+    await until(lambda: engine().running == 0)
     assert not host.why_not_ready
 
 
