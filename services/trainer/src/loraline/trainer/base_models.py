@@ -110,6 +110,32 @@ def check_folder(folder: Path, name: str) -> None:
         raise failed_precondition("MODEL_SHARDS_MISSING", message, files=",".join(missing[:20]))
 
 
+def check_end(folder: Path, name: str) -> None:
+    """Refuse a base whose files call white space the end of an answer; FAILED_PRECONDITION (EOS_TOKEN_BLANK).
+
+    Files that cannot be read are left to whoever loads the tokenizer.
+    """
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        value = content.get("eos_token") if isinstance(content, dict) else None
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and not text.strip():
+            raise blank_end(name, text)
+
+
+def blank_end(name: str, text: str) -> LoralineError:
+    """Return FAILED_PRECONDITION (EOS_TOKEN_BLANK)."""
+    message = (
+        f"The eos_token of {name} is blank ({text!r}): its tokenizer takes white space for the end of an answer, so "
+        "that the tuned model would stop at any word or never. Take the tokenizer files that came with the model, or "
+        "let the merger mend the folder (RepairModel) and train on the model that it publishes."
+    )
+    return failed_precondition("EOS_TOKEN_BLANK", message)
+
+
 def weight_files(folder: Path, name: str) -> list[str]:
     """Return the names of the safetensors files that the model consists of."""
     index = folder / INDEX

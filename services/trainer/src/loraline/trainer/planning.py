@@ -15,7 +15,7 @@ from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.server_paths import model_folder
 from loraline.core.serving.component import Platform
 from loraline.trainer import hub_base
-from loraline.trainer.base_models import check_folder, weight_files
+from loraline.trainer.base_models import check_end, check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.doubts import doubts
 from loraline.trainer.hardware import look
@@ -144,6 +144,7 @@ def _base(
         allowed = [*platform.settings.allowed_paths, *settings.models_dirs]
         folder = model_folder(base.path, allowed, "base_model.path")
     check_folder(folder, base.path or base.artifact.name)
+    check_end(folder, base.path or base.artifact.name)
     size = sum((folder / name).stat().st_size for name in weight_files(folder, folder.name))
     answer.memory_bytes["weights_on_disk"] = size
     config = _config(folder)

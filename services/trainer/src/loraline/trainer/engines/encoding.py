@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
+from loraline.trainer.base_models import blank_end
 
 Messages = list[dict[str, str]]
 GENERATION_MARKS = "generation_marks"
@@ -105,6 +106,26 @@ class ChatEncoder:
         self._prove(messages, ids, mask)
         return EncodedRow(source, messages, ids, mask)
 
+    def ends_of(self, row: EncodedRow) -> list[int]:
+        """Return the end-of-sequence token of each answer that is learned with its end.
+
+        It is the last token with loss of an answer, or has nothing but white space behind it; elsewhere in an answer it
+        ends nothing.
+        """
+        found: list[int] = []
+        at_end = True
+        for token, kept in zip(reversed(row.input_ids), reversed(row.mask), strict=True):
+            if not kept:
+                at_end = True
+            elif at_end:
+                if token in self.eos_ids:
+                    found.append(token)
+                at_end = token not in self.eos_ids and self._is_blank(token)
+        return found
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token], skip_special_tokens=False)).strip()
+
     def _tokenize(self, text: str) -> Any:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
@@ -172,8 +193,14 @@ class ChatEncoder:
 
 
 def eos_ids_of(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Iterable[int] | None) -> frozenset[int]:
-    """Return every id that ends an answer. Raises INVALID_ARGUMENT (EOS_MISSING) when there is none."""
+    """Return every id that ends an answer.
+
+    Raises INVALID_ARGUMENT (EOS_MISSING) when there is none, FAILED_PRECONDITION (EOS_TOKEN_BLANK) for white space.
+    """
     own: Any = tokenizer.eos_token_id
+    for text in () if own is None else (str(tokenizer.eos_token), str(tokenizer.decode([own]))):
+        if not text.strip():
+            raise blank_end("the base model", text)
     ids: set[int] = set()
     for value in (own, generation_eos):
         if isinstance(value, int):

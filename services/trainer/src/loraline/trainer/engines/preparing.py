@@ -96,12 +96,9 @@ def refuse_fully_masked(kept: Pieces) -> None:
 
 def receipt_of(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow], kept: Pieces) -> TokenReceipt:
     """Return the token receipt of the rows that are trained on; `kept` is what the length rule left."""
-    ends = Counter(
-        token
-        for row in train
-        for token, kept in zip(row.input_ids, row.mask, strict=True)
-        if kept and token in encoder.eos_ids
-    )
+    # Repeated rows are one object and are looked at once.
+    ends_of = {id(row): encoder.ends_of(row) for row in train}
+    ends = Counter(token for row in train for token in ends_of[id(row)])
     main_eos = encoder.tokenizer.eos_token_id
     eos = ends.most_common(1)[0][0] if ends else int(main_eos if isinstance(main_eos, int) else min(encoder.eos_ids))
     counts = ReceiptCounts(
@@ -112,16 +109,12 @@ def receipt_of(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRo
         dropped_rows=sum(row.source not in kept for row in mixture.train),
         split_rows=sum(len(kept.get(row.source, ())) > 1 for row in mixture.train),
         fully_masked_rows=sum(not any(row.mask[1:]) for row in train),
-        rows_teaching_eos=sum(_teaches(row, encoder.eos_ids) for row in train),
+        rows_teaching_eos=sum(bool(ends_of[id(row)]) for row in train),
     )
     shown = list({row.source: row for row in train}.values())
     shown.sort(key=lambda row: row.truncated)
     rows = [ReceiptRow(row.source, row.messages, row.input_ids, row.mask) for row in shown[:MAX_ROWS]]
     return TokenReceipt(encoder.template_sha256, encoder.method, eos, counts, rows)
-
-
-def _teaches(row: EncodedRow, eos_ids: frozenset[int]) -> bool:
-    return any(kept and token in eos_ids for token, kept in zip(row.input_ids, row.mask, strict=True))
 
 
 def all_rows_dropped(rule: LengthRule) -> LoralineError:
