@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk import environment_variables
 from prometheus_client import CollectorRegistry, generate_latest
 
 from loraline.core.config import CoreSettings
@@ -28,7 +29,8 @@ OWN = {
     "merger": MergerSettings,
     "inference": InferenceSettings,
 }
-OTHERS = {"HF_HOME", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "LLM_BASE_URL", "LLM_MODEL", "LLM_API_KEY_FILE"}
+OTEL = {name for name in vars(environment_variables).values() if isinstance(name, str) and name.startswith("OTEL_")}
+OTHERS = OTEL | {"HF_HOME", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "LLM_BASE_URL", "LLM_MODEL", "LLM_API_KEY_FILE"}
 RESTRICTED_VOLUMES = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
 
@@ -178,6 +180,20 @@ def test_every_setting_is_one_that_the_services_read(overlay: Any) -> None:
         assert not unknown, stage
 
 
+def test_what_the_settings_name_is_what_the_network_lets_through(rendered: Any) -> None:
+    for name in ("tracing", "production"):
+        overlay = rendered[name]
+        network = Network(overlay)
+        for stage in STAGES:
+            host, port = overlay.environment(stage)["OTEL_EXPORTER_OTLP_ENDPOINT"].removeprefix("http://").split(":")
+            namespace = host.split(".")[1]
+            network.places["named"] = (namespace, {"app.kubernetes.io/name": "opentelemetry-collector"}, "10.0.3.1")
+            assert network.allows(stage, "named", int(port)), f"{name}: {stage} cannot reach {host}"
+    assert Network(rendered["cpu"]).allows("datagen", "inference", 8000)
+    service = rendered["cpu"].kind("Service")["inference"]["spec"]
+    assert 8000 in {port["port"] for port in service["ports"]}, "LLM_BASE_URL=http://inference:8000/v1"
+
+
 def test_sqlite_is_refused_with_more_than_one_replica(overlay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("LORALINE_")]:
         monkeypatch.delenv(name)
@@ -307,6 +323,9 @@ def test_the_network_lets_the_real_flows_through_and_nothing_else(overlay: Any) 
     places["stranger"] = ("loraline", {}, "10.0.0.9")
     places["prometheus"] = ("monitoring", {"app.kubernetes.io/name": "prometheus"}, "10.0.1.1")
     places["dns"] = ("kube-system", {"k8s-app": "kube-dns"}, "10.0.2.1")
+    places["collector"] = ("observability", {"app.kubernetes.io/name": "opentelemetry-collector"}, "10.0.3.1")
+    places["another collector"] = ("elsewhere", {"app.kubernetes.io/name": "opentelemetry-collector"}, "10.0.3.2")
+    places["model of a team"] = ("teams", {"app": "model"}, "10.0.4.1")
     places["internet"] = ("outside", {}, "93.184.216.34")
     places["metadata service"] = ("outside", {}, "169.254.169.254")
     places["cluster API"] = ("default", {}, "10.96.0.1")
@@ -315,7 +334,9 @@ def test_the_network_lets_the_real_flows_through_and_nothing_else(overlay: Any) 
     external = "postgres" not in overlay.pods()
     watched = bool(overlay.kind("ServiceMonitor"))
     wanted: set[tuple[str, str, int]] = {("client", "inference", 8000), ("client of a team", "inference", 8000)}
-    wanted.add(("client", "dns", 53))
+    wanted |= {("client", "dns", 53), ("datagen", "inference", 8000)}
+    traced = "OTEL_EXPORTER_OTLP_ENDPOINT" in overlay.environment("datagen")
+    assert traced == (overlay.name in ("tracing", "production"))
     for stage in STAGES:
         wanted |= {("client", stage, 7600), ("client of a team", stage, 7600)}
         wanted |= {(stage, "internet", 443), (stage, "dns", 53)}
@@ -326,9 +347,11 @@ def test_the_network_lets_the_real_flows_through_and_nothing_else(overlay: Any) 
             wanted |= {(stage, "postgres", 5432), (stage, "minio", 9000)}
         if watched:
             wanted.add(("prometheus", stage, 9600))
+        if traced:
+            wanted |= {(stage, "collector", 4317), (stage, "collector", 4318)}
     if watched and not external:
         wanted.add(("prometheus", "minio", 9000))
-    ports = (53, 80, 443, 5432, 7600, 8000, 9000, 9600)
+    ports = (53, 80, 443, 4317, 4318, 5432, 7600, 8000, 9000, 9600)
     inside = [name for name, place in places.items() if place[0] == "loraline"]
     found = {
         (source, target, port)
