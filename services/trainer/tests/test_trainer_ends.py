@@ -34,7 +34,7 @@ def prepared(
 @pytest.mark.parametrize("marks", [True, False])
 def test_the_end_token_inside_an_answer_teaches_no_end(marks: bool) -> None:
     made = tokenizer(FAMILIES["chatml"], marks=marks)
-    made.chat_template = made.chat_template.replace("{{ '<|im_end|>' }}", "{{ '?' }}")
+    made.chat_template = str(made.chat_template).replace("{{ '<|im_end|>' }}", "{{ '?' }}")
     with pytest.raises(LoralineError) as caught:
         prepared(made, also="!")
     assert caught.value.reason == "EOS_NOT_LEARNED"
@@ -43,7 +43,7 @@ def test_the_end_token_inside_an_answer_teaches_no_end(marks: bool) -> None:
 def test_an_end_with_a_line_break_behind_it_is_taught() -> None:
     """Some templates close `generation` after the line break that follows the end token."""
     made = tokenizer(FAMILIES["chatml"], marks=True)
-    made.chat_template = made.chat_template.replace("{{ '<|im_end|>' }}{% endgen", "{{ '<|im_end|>\n' }}{% endgen")
+    made.chat_template = str(made.chat_template).replace("{{ '<|im_end|>' }}{% endgen", "{{ '<|im_end|>\n' }}{% endgen")
     assert prepared(made).receipt.counts.rows_teaching_eos == 2
 
 

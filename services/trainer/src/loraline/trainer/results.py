@@ -63,6 +63,8 @@ def receipt_summary(receipt: TokenReceipt) -> pb.ReceiptSummary:
         fully_masked_rows=counts.fully_masked_rows,
         rows_teaching_eos=counts.rows_teaching_eos,
         split_rows=counts.split_rows,
+        unique_rows=counts.unique_rows,
+        dropped_validation_rows=counts.dropped_validation_rows,
         mask_method=receipt.mask_method,
         chat_template_sha256=receipt.chat_template_sha256,
     )

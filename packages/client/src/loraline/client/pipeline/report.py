@@ -128,8 +128,10 @@ def missing(name: str) -> Check:
 def check_receipt(receipt: trainer_pb2.ReceiptSummary) -> Check:
     """The token receipt: rows carry loss, none is fully masked, and answers learn to end."""
     passed = receipt.trained_tokens > 0 and receipt.fully_masked_rows == 0 and receipt.rows_teaching_eos > 0
+    repeated = 0 < receipt.unique_rows < receipt.rows
+    unique = f" ({receipt.unique_rows} without repetitions)" if repeated else ""
     figures = (
-        f"{receipt.rows} rows, {receipt.tokens} tokens, {receipt.trained_tokens} carry loss, "
+        f"{receipt.rows} rows{unique}, {receipt.tokens} tokens, {receipt.trained_tokens} carry loss, "
         f"{receipt.rows_teaching_eos} rows teach the end; truncated {receipt.truncated_rows}, "
         f"dropped {receipt.dropped_rows}, split {receipt.split_rows}, fully masked {receipt.fully_masked_rows}"
     )

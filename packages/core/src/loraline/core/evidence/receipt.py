@@ -19,7 +19,7 @@ VERSION = 1
 MAX_ROWS = 16
 """Rows that a receipt shows at most."""
 
-_LATER = "split_rows"
+_LATER = ("split_rows", "unique_rows", "dropped_validation_rows")
 
 Messages = list[dict[str, str]]
 
@@ -44,6 +44,10 @@ class ReceiptCounts:
     """Rows whose end-of-sequence token carries loss."""
     split_rows: int = 0
     """Rows that became several because of their length; `rows` counts the pieces."""
+    unique_rows: int = 0
+    """Rows of the datasets that are trained on, each counted once: without repetitions, and not in pieces."""
+    dropped_validation_rows: int = 0
+    """Validation rows left out because of their length."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ def load_receipt(path: Path) -> TokenReceipt:
 def _counts(fields: Fields) -> ReceiptCounts:
     names: list[str] = list(ReceiptCounts.__dataclass_fields__)
     # Receipts of earlier releases do not know the counts that came later.
-    values: dict[str, Any] = {name: fields.integer(name) for name in names if name in fields.content or name != _LATER}
+    values: dict[str, Any] = {
+        name: fields.integer(name) for name in names if name in fields.content or name not in _LATER
+    }
     return ReceiptCounts(**values)
 
 

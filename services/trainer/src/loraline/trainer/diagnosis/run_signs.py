@@ -57,9 +57,11 @@ def probes(history: History, facts: Facts) -> Sign | None:
 
 def few_rows(history: History, facts: Facts) -> Sign | None:
     """Too little data."""
-    if not facts.rows:
+    # A result of an earlier release counts repetitions alone.
+    rows = facts.unique_rows or facts.rows
+    if not rows:
         return None
-    if facts.rows >= _ADVISED_ROWS:
-        return Sign("ROWS", True, f"There are {facts.rows} rows.")
-    text = f"There are {facts.rows} rows; {_ADVISED_ROWS} to 1000 or more make a character that answers to the point."
+    if rows >= _ADVISED_ROWS:
+        return Sign("ROWS", True, f"There are {rows} rows.")
+    text = f"There are {rows} rows; {_ADVISED_ROWS} to 1000 or more make a character that answers to the point."
     return Sign("FEW_ROWS", False, text, "Add rows (loraline run with a generate stage), varied in prompts.")

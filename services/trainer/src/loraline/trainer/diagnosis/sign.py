@@ -25,6 +25,9 @@ class Facts:
     """What is known of a run besides its curve; 0 or None where it is not."""
 
     rows: int = 0
+    """Rows that an epoch shows, with repetitions by weight."""
+    unique_rows: int = 0
+    """The same without repetitions."""
     rows_teaching_eos: int | None = None
     trained_tokens: int | None = None
     earlier: Sequence[History] = ()
@@ -62,6 +65,7 @@ def facts_of(result: pb.TrainResult, *, earlier: Sequence[History] = (), rank: i
     receipt, probes = result.receipt, result.probes
     return Facts(
         rows=receipt.rows,
+        unique_rows=receipt.unique_rows,
         rows_teaching_eos=receipt.rows_teaching_eos,
         trained_tokens=receipt.trained_tokens,
         earlier=earlier,

@@ -46,13 +46,12 @@ def prepare_pairs(
     refuse_fully_masked(kept.rejected)
     held_out = _encode(mixture.validation, rejected.validation, encoder, replace(rule, policy="drop"))
     validation = [pair for source in held_out.chosen for pair in _pairs(held_out, source)]
-    receipt = receipt_of(mixture, encoder, train, kept.chosen)
+    receipt = receipt_of(mixture, encoder, train, kept.chosen, held_out.chosen)
     if receipt.counts.rows_teaching_eos == 0 and not allow_unlearned_eos:
         raise eos_not_learned(encoder)
     worse = [pair.rejected for pair in train if pair.rejected is not None]
-    return PreparedData(
-        train, validation, receipt, receipt_of(rejected, encoder, worse, kept.rejected), max_length=rule.max_length
-    )
+    other = receipt_of(rejected, encoder, worse, kept.rejected, held_out.rejected)
+    return PreparedData(train, validation, receipt, other, max_length=rule.max_length)
 
 
 def _other_side(rows: Sequence[Row]) -> list[Row]:

@@ -42,7 +42,7 @@ def prepare(mixture: Mixture, encoder: ChatEncoder, rule: LengthRule, *, allow_u
     refuse_fully_masked(kept)
     held_out = apply_lengths(encode_unique(mixture.validation, encoder), replace(rule, policy="drop"), encoder)
     validation = [piece for pieces in held_out.values() for piece in pieces]
-    receipt = receipt_of(mixture, encoder, train, kept)
+    receipt = receipt_of(mixture, encoder, train, kept, held_out)
     if receipt.counts.rows_teaching_eos == 0 and not allow_unlearned_eos:
         raise eos_not_learned(encoder)
     return PreparedData(train, validation, receipt, max_length=rule.max_length)
@@ -94,8 +94,13 @@ def refuse_fully_masked(kept: Pieces) -> None:
         raise rows_error("ROWS_FULLY_MASKED", what, problems)
 
 
-def receipt_of(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow], kept: Pieces) -> TokenReceipt:
-    """Return the token receipt of the rows that are trained on; `kept` is what the length rule left."""
+def receipt_of(
+    mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRow], kept: Pieces, held_out: Pieces
+) -> TokenReceipt:
+    """Return the token receipt of the rows that are trained on.
+
+    `kept` and `held_out` are what the length rule left of the rows for training and for validation.
+    """
     # Repeated rows are one object and are looked at once.
     ends_of = {id(row): encoder.ends_of(row) for row in train}
     ends = Counter(token for row in train for token in ends_of[id(row)])
@@ -108,6 +113,8 @@ def receipt_of(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRo
         truncated_rows=sum(row.truncated for row in train),
         dropped_rows=sum(row.source not in kept for row in mixture.train),
         split_rows=sum(len(kept.get(row.source, ())) > 1 for row in mixture.train),
+        dropped_validation_rows=sum(row.source not in held_out for row in mixture.validation),
+        unique_rows=len({row.source for row in mixture.train if row.source in kept}),
         fully_masked_rows=sum(not any(row.mask[1:]) for row in train),
         rows_teaching_eos=sum(bool(ends_of[id(row)]) for row in train),
     )
@@ -115,6 +122,18 @@ def receipt_of(mixture: Mixture, encoder: ChatEncoder, train: Sequence[EncodedRo
     shown.sort(key=lambda row: row.truncated)
     rows = [ReceiptRow(row.source, row.messages, row.input_ids, row.mask) for row in shown[:MAX_ROWS]]
     return TokenReceipt(encoder.template_sha256, encoder.method, eos, counts, rows)
+
+
+def left_out(counts: ReceiptCounts, bound: float) -> str:
+    """Return what to warn of: more than the share `bound` of the rows, or validation rows, left out; else nothing."""
+    told = []
+    shown = counts.rows + counts.dropped_rows
+    share = counts.dropped_rows / shown if shown else 0.0
+    if share > bound:
+        told.append(f"{counts.dropped_rows} rows of an epoch ({share:.0%}) are longer than max_length and are left out")
+    if counts.dropped_validation_rows:
+        told.append(f"{counts.dropped_validation_rows} validation rows are longer than max_length and are left out")
+    return f"{'; '.join(told)}. Raise parameters.max_length." if told else ""
 
 
 def all_rows_dropped(rule: LengthRule) -> LoralineError:

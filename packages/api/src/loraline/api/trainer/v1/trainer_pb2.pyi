@@ -748,6 +748,8 @@ class ReceiptSummary(_message.Message):
     MASK_METHOD_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
     SPLIT_ROWS_FIELD_NUMBER: _builtins.int
+    UNIQUE_ROWS_FIELD_NUMBER: _builtins.int
+    DROPPED_VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows trained on."""
     tokens: _builtins.int
@@ -768,6 +770,12 @@ class ReceiptSummary(_message.Message):
     """SHA-256 of the chat template, 64 hex digits."""
     split_rows: _builtins.int
     """Rows that became several because of their length; `rows` counts the pieces."""
+    unique_rows: _builtins.int
+    """Rows of the datasets that are trained on, each counted once: without the repetitions by weight that `rows` counts,
+    and not in pieces. 0 in results of earlier releases.
+    """
+    dropped_validation_rows: _builtins.int
+    """Validation rows that were left out because they are longer than max_length."""
     def __init__(
         self,
         *,
@@ -781,10 +789,12 @@ class ReceiptSummary(_message.Message):
         mask_method: _builtins.str = ...,
         chat_template_sha256: _builtins.str = ...,
         split_rows: _builtins.int = ...,
+        unique_rows: _builtins.int = ...,
+        dropped_validation_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_sha256", b"chat_template_sha256", "dropped_rows", b"dropped_rows", "fully_masked_rows", b"fully_masked_rows", "mask_method", b"mask_method", "rows", b"rows", "rows_teaching_eos", b"rows_teaching_eos", "split_rows", b"split_rows", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_sha256", b"chat_template_sha256", "dropped_rows", b"dropped_rows", "dropped_validation_rows", b"dropped_validation_rows", "fully_masked_rows", b"fully_masked_rows", "mask_method", b"mask_method", "rows", b"rows", "rows_teaching_eos", b"rows_teaching_eos", "split_rows", b"split_rows", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows", "unique_rows", b"unique_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
