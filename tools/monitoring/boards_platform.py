@@ -106,8 +106,12 @@ INFERENCE = Board(
                 unit="percentunit", red_above=0.05,
             ),
             Panel(
-                "Refused at the door", {"{{reason}}": "sum by (reason) (rate(loraline_inference_refused_total[5m])) * 60"},
-                text="A minute: QUEUE_FULL, or a key at its limit.",
+                "Refused at the door",
+                {
+                    "{{reason}}": "sum by (reason) (rate(loraline_inference_refused_total[5m])) * 60",
+                    "HTTP {{reason}}": 'sum by (reason) (rate(loraline_http_key_refusals_total{part="inference"}[5m])) * 60',
+                },
+                text="A minute: QUEUE_FULL, a key at its limit; over HTTP no key, an unknown one, or one without the role.",
             ),
             Panel(
                 "Answers of another shape than asked",
@@ -134,8 +138,12 @@ INFERENCE = Board(
                 unit="s", text="95 % are done within.",
             ),
             Panel(
-                "Loads", {"{{result}}": "sum by (result) (increase(loraline_inference_adapter_loads_total[1h]))"},
-                text="loaded, or why it was refused; PROOF_FAILED pages.",
+                "Loads",
+                {
+                    "{{result}}": "sum by (result) (increase(loraline_inference_adapter_loads_total[1h]))",
+                    "swapped out": "sum(increase(loraline_inference_adapter_swaps_total[1h]))",
+                },
+                text="loaded, or why it was refused; PROOF_FAILED pages. Swapped out again and again: raise MAX_LOADED_ADAPTERS.",
             ),
             Panel("In the batch now", {"{{running_lora_adapters}}": "vllm:lora_requests_info"}, kind="table"),
             Panel("Events of sessions", {"{{event}}": "sum by (event) (increase(loraline_inference_session_events_total[1h]))"}),

@@ -45,6 +45,8 @@ class CountingEngine:
         self.alive = False
         self.running = 0
         """Requests that generate now."""
+        self.words = ""
+        """What it says when it is dead."""
         self.gate = asyncio.Event()
         self.gate.set()
         CountingEngine.started.append(self)
@@ -93,6 +95,9 @@ class CountingEngine:
 
     async def healthy(self) -> bool:
         return self.alive
+
+    def last_words(self) -> str:
+        return self.words
 
     async def stop(self) -> None:
         self.alive = False

@@ -168,6 +168,24 @@ async def test_operate_paths_refuse_chat_keys(tmp_path):
         assert (await client.get("/v1/models", headers={"x-api-key": chat})).text == "c"
 
 
+async def test_refusals_over_http_are_counted_by_stage_and_reason(server, series):
+    async with server(http_app=app) as running, httpx.AsyncClient() as client:
+        found = f"http://{running.addresses.metrics}/metrics"
+        name = 'loraline_http_key_refusals_total{part="inference",reason="%s"}'
+        assert f"{name % 'UNKNOWN_KEY'} 0.0" in (await client.get(found)).text
+        base = f"http://{running.addresses.http['inference']}"
+        chat = running.new_key("chat")
+        for key, path, status in (
+            ("", "/v1/models", 401), ("no", "/v1/models", 401), ("no", "/v1/models", 401), (chat, "/admin/load", 403),
+            (chat, "/v1/models", 200),
+        ):  # fmt: skip
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            assert (await client.get(f"{base}{path}", headers=headers)).status_code == status
+        lines = (await client.get(found)).text.splitlines()
+        for reason, count in (("MISSING_KEY", 1), ("UNKNOWN_KEY", 2), ("ROLE_MISSING", 1)):
+            assert f"{name % reason} {count}.0" in lines
+
+
 async def test_without_a_ring_everyone_is_let_through():
     async with httpx.AsyncClient(transport=httpx.ASGITransport(HttpKeyAuth(app, None)), base_url="http://t") as client:
         assert (await client.get("/v1/models")).text == "anonymous"

@@ -22,8 +22,8 @@ _STEADY_SECONDS = 60.0
 _MAX_BACKOFF_SECONDS = 60.0
 Failure = Literal["", "died", "hung"]
 WHY = {
-    "died": "The engine died and is being started again.",
-    "hung": "The engine generates nothing any more and is being started again.",
+    "died": "The engine died",
+    "hung": "The engine generated nothing any more",
 }
 
 

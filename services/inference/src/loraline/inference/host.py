@@ -28,7 +28,7 @@ from loraline.inference.metrics import InferenceMetrics
 from loraline.inference.preflight.diagnosis import Diagnoses
 from loraline.inference.readiness import Readiness, cause_of
 from loraline.inference.serving import Serving, Target, start_serving
-from loraline.inference.state import ServedState, StateFile
+from loraline.inference.state import ServedState, StateFile, content_of
 
 _log = structlog.get_logger(__name__)
 
@@ -149,8 +149,8 @@ class ModelHost:
         async with serving.in_use():
             exact = await self._names.resolve(ref)
             adapter = await serving.adapters.load(exact)
-        if _content(exact) in self._state.withdrawn:
-            self._state.withdrawn.remove(_content(exact))
+        if content_of(exact) in self._state.withdrawn:
+            self._state.withdrawn.remove(content_of(exact))
         await self._remember(serving)
         return adapter
 
@@ -161,7 +161,7 @@ class ModelHost:
         exact = await self._names.resolve(ref) if ref is not None else None
         if exact is None or serving.adapters.get(exact) is None:
             raise await self._not_served(serving, model)
-        self._state.withdrawn = [*self._state.withdrawn, _content(exact)][-1000:]
+        self._state.withdrawn = [*self._state.withdrawn, content_of(exact)][-1000:]
         await serving.adapters.unload(exact)
         await self._remember(serving)
 
@@ -200,7 +200,7 @@ class ModelHost:
         except LoralineError as error:
             raise await self._not_served(serving, model) from error
         known = serving.adapters.get(exact) is not None
-        if not known and (not self.settings.load_on_first_use or _content(exact) in self._state.withdrawn):
+        if not known and (not self.settings.load_on_first_use or content_of(exact) in self._state.withdrawn):
             raise await self._not_served(serving, model)
         return exact
 
@@ -210,6 +210,7 @@ class ModelHost:
     async def _replace(self, base: LocalBase, name: str, choice: EngineChoice) -> Serving:
         """Stop what is served, start the other; the lock is held."""
         before = self._serving
+        self.diagnoses.lost = None  # it was the engine of the model before
         self._readiness.loading(f"Loading {base.described}; requests are answered again when it generates.")
         _log.info("engine_chosen", engine=choice.name, why=choice.why)
         if before is not None:
@@ -229,18 +230,18 @@ class ModelHost:
         await self._remember(serving)
         return serving
 
-    async def _start(self, base: LocalBase, name: str, choice: EngineChoice) -> Serving:
+    async def _start(self, base: LocalBase, name: str, choice: EngineChoice, why: str = "") -> Serving:
         def phase(text: str) -> None:
-            self._readiness.loading(f"Loading {base.described}: {text}.")
+            self._readiness.loading(f"{why}Loading {base.described}: {text}.")
 
         known = (self.settings, self._library, self._metrics, phase, self.diagnoses)
         return await start_serving(base, name, choice, *known)
 
-    async def _go_back(self, before: Serving, choice: EngineChoice) -> None:
+    async def _go_back(self, before: Serving, choice: EngineChoice, why: str = "") -> None:
         _log.warning("serving_model_before", model=before.base.described)
         adapters = [format_ref(adapter.ref) for adapter in before.adapters.list()]
         try:
-            self._serving = await self._start(before.base, before.name, choice)
+            self._serving = await self._start(before.base, before.name, choice, why)
         except LoralineError as error:
             _log.error("model_before_failed", reason=error.reason, message=error.message)
             return
@@ -272,8 +273,10 @@ class ModelHost:
         async with self._changing:
             if self._serving is not serving:
                 return
-            self._readiness.loading(WHY[failure])
-            _log.error("engine_lost", failure=failure, model=serving.base.described)
+            words = await asyncio.to_thread(serving.engine.last_words)
+            why = self.diagnoses.died(WHY[failure], words)
+            self._readiness.loading(why)
+            _log.error("engine_lost", failure=failure, model=serving.base.described, said=words)
             self._metrics.engine_restarts.labels(cause=failure).inc()
             self._serving = None
             await serving.engine.stop()  # requests in flight are told so
@@ -281,16 +284,11 @@ class ModelHost:
             await self._backoff.wait()
             async with self._changing:  # let go of between the tries: an operator may load another model
                 if self._serving is None:
-                    self._readiness.loading(WHY[failure])
-                    await self._go_back(serving, self._choose(self.settings.engine))
+                    self._readiness.loading(why)
+                    await self._go_back(serving, self._choose(self.settings.engine), f"{why} ")
 
     async def _remember(self, serving: Serving) -> None:
         self._state.model, self._state.served_name = serving.base.spec, serving.name
         self._state.adapters = [format_ref(adapter.ref) for adapter in serving.adapters.list()]
         await asyncio.to_thread(self._file.write, self._state)
         await self._holds.renew()
-
-
-def _content(exact: ArtifactRef) -> str:
-    """Name an exact artifact for good: a deleted version's number never comes back, another store's may."""
-    return f"{format_ref(exact)} {exact.digest}"

@@ -43,6 +43,11 @@ class InferenceMetrics:
         for result in ("loaded", "PROOF_FAILED", "RECEIPT_MISMATCH"):
             # At zero before the first, so that an alert on an increase sees it.
             self.adapter_loads.labels(result=result)
+        self.adapter_swaps = Counter(
+            "loraline_inference_adapter_swaps_total",
+            "Adapters taken out of the engine to make room for another; they are loaded again at their next use.",
+            registry=registry,
+        )
         self.adapter_requests = Counter(
             "loraline_inference_adapter_requests_total",
             "Requests that an adapter took, by adapter and outcome (ok, cancelled or the error's reason).",

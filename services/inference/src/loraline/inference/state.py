@@ -11,7 +11,9 @@ from typing import Any
 import structlog
 from google.protobuf import json_format
 
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
+from loraline.core.artifacts.refs import format_ref
 
 _log = structlog.get_logger(__name__)
 
@@ -66,3 +68,8 @@ class StateFile:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path)
+
+
+def content_of(exact: ArtifactRef) -> str:
+    """Name an exact artifact for good: a deleted version's number never comes back, another store's may."""
+    return f"{format_ref(exact)} {exact.digest}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import grpc
@@ -39,14 +39,15 @@ class HttpKeyAuth:
     """ASGI middleware: lets a request through when its key is known and its role suffices; 401 or 403 otherwise.
 
     The key is read from `Authorization: Bearer` or `x-api-key`, and on the paths `body_key_paths` from `api_key` in a
-    JSON body where no header has one. `ring` None means that authentication is off. The
-    caller is in `scope["state"]["principal"]` and in `current_principal()`.
+    JSON body where no header has one. `ring` None means that authentication is off. `refused` is told the reason of
+    each refusal. The caller is in `scope["state"]["principal"]` and in `current_principal()`.
     """
 
     def __init__(
         self,
         app: App,
         ring: KeyRing | None,
+        refused: Callable[[str], None] | None = None,
         *,
         open_paths: frozenset[str] = OPEN_PATHS,
         operate_prefixes: tuple[str, ...] = OPERATE_PREFIXES,
@@ -54,6 +55,7 @@ class HttpKeyAuth:
     ):
         self._app = traced_app(app)
         self._ring = ring
+        self._refused = refused
         self._open_paths = open_paths
         self._operate_prefixes = operate_prefixes
         self._body_key_paths = body_key_paths
@@ -73,6 +75,8 @@ class HttpKeyAuth:
             principal = self._authenticate(scope, key)
         except LoralineError as error:
             log.info("call_failed", code=error.code.name, reason=error.reason)
+            if self._refused is not None and error.code in _STATUSES:
+                self._refused(error.reason)
             await _refuse(scope, receive, send, error)
             return
         call.caller = principal.name if principal is not None and principal is not ANONYMOUS else ""

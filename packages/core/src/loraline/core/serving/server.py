@@ -35,6 +35,7 @@ from loraline.core.serving.housekeeping import keep_house
 from loraline.core.serving.http import AppServer, MetricsServer
 from loraline.core.serving.http_auth import HttpKeyAuth
 from loraline.core.serving.interceptor import PlatformInterceptor
+from loraline.core.serving.key_refusals import KeyRefusals
 from loraline.core.serving.machine import DiskMetrics, GpuMetrics, ReadinessMetrics
 from loraline.core.serving.opening import make_runners, open_platform, platform_services
 from loraline.core.serving.startup import channel_options, check_settings, open_keys, server_credentials
@@ -85,7 +86,7 @@ class PlatformServer:
         self.ring, key = open_keys(self.settings)
         if key and first_key:
             first_key(key)
-        self._metrics = GrpcMetrics()
+        self._metrics, self._refusals = GrpcMetrics(), KeyRefusals()
         self._machine = (
             ReadinessMetrics(lambda: self.health.reasons),
             DiskMetrics(self.settings.data_dir),
@@ -104,7 +105,7 @@ class PlatformServer:
 
     async def serve(self, ready: Callable[[ServerAddresses], None] | None, stop: asyncio.Event) -> None:
         """Start, wait for the wish to stop, drain."""
-        collectors = (self._metrics, *self._machine)
+        collectors = (self._metrics, self._refusals, *self._machine)
         for collector in collectors:
             self.platform.registry.register(collector)
         hurry = asyncio.Event()
@@ -183,7 +184,8 @@ class PlatformServer:
         http: dict[str, str] = {}
         for component in self.components:
             if component.http_app is not None:
-                app = AppServer(component.name, HttpKeyAuth(component.http_app, self.ring), self.settings)
+                guarded = HttpKeyAuth(component.http_app, self.ring, self._refusals.of(component.name))
+                app = AppServer(component.name, guarded, self.settings)
                 await app.start(sockets[component.name])
                 self._apps.append(app)
                 http[component.name] = bound_address(

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -78,6 +78,9 @@ class AdapterRegistry:
         self._limit = limit
         self._require_proof = require_proof
         self._adapters: dict[str, ServedAdapter] = {}
+        self._leaving: dict[str, ServedAdapter] = {}
+        """Unloaded, but answering requests that began before; still in the engine."""
+        self._departures: set[asyncio.Task[None]] = set()
         metrics.forget_adapters()
         self._ticks = itertools.count(1)
         # One load at a time: loads are rare, and two that both look for room would each count the other's.
@@ -100,7 +103,7 @@ class AdapterRegistry:
             message = f"{format_ref(exact)} is no adapter. LoadModel serves models."
             raise invalid_argument("NOT_AN_ADAPTER", message, adapter__kind=message)
         async with self._loading:
-            known = self.get(exact)
+            known = self._stay(exact) or self.get(exact)
             if known is not None and known.resident:
                 return known
             try:
@@ -140,16 +143,38 @@ class AdapterRegistry:
                 adapter.free.set()
 
     async def unload(self, exact: ArtifactRef) -> None:
-        """Forget an adapter; requests that it answers now finish first."""
-        async with self._loading:
+        """Forget an adapter; requests that it answers now finish first, and other adapters are loaded meanwhile.
+
+        A caller that goes away does not keep it from leaving.
+        """
+        async with self._loading:  # it may just be coming back
             adapter = self._adapters.pop(internal_name(exact), None)
             if adapter is None:
                 return
-            await adapter.free.wait()
-            if adapter.resident:
-                await self._engine.unload_adapter(adapter.internal)
+            self._leaving[adapter.internal] = adapter
+        departure = asyncio.create_task(self._leave(adapter))
+        self._departures.add(departure)
+        departure.add_done_callback(self._departures.discard)
+        await asyncio.shield(departure)
+
+    async def _leave(self, adapter: ServedAdapter) -> None:
+        await adapter.free.wait()  # without the lock: an answer takes minutes, and loads are waited for
+        async with self._loading:
+            if self._leaving.get(adapter.internal) is not adapter or adapter.users:
+                return  # loaded again meanwhile
+            del self._leaving[adapter.internal]
+            with suppress(EngineDead):  # it went with the engine
+                if adapter.resident:
+                    await self._engine.unload_adapter(adapter.internal)
             self._metrics.forget_adapter(adapter.name)
             self._count()
+
+    def _stay(self, exact: ArtifactRef) -> ServedAdapter | None:
+        """Keep an adapter that is leaving, where it is wanted again: it is in the engine and proven."""
+        adapter = self._leaving.pop(internal_name(exact), None)
+        if adapter is not None:
+            self._adapters[adapter.internal] = adapter
+        return adapter
 
     async def _load(self, exact: ArtifactRef) -> ServedAdapter:
         what = format_ref(exact)
@@ -192,7 +217,8 @@ class AdapterRegistry:
     async def _make_room(self, newcomer: str) -> None:
         """Swap out the least recently used adapter that answers nothing, until the newcomer fits."""
         while True:
-            resident = [a for a in self._adapters.values() if a.resident and a.internal != newcomer]
+            held = (*self._adapters.values(), *self._leaving.values())
+            resident = [adapter for adapter in held if adapter.resident and adapter.internal != newcomer]
             if len(resident) < self._limit:
                 return
             idle = [adapter for adapter in resident if adapter.users == 0]
@@ -207,7 +233,9 @@ class AdapterRegistry:
             oldest = min(idle, key=lambda adapter: adapter.last_used)
             oldest.resident = False
             await self._engine.unload_adapter(oldest.internal)
+            self._metrics.adapter_swaps.inc()
             _log.info("adapter_swapped_out", adapter=oldest.name)
 
     def _count(self) -> None:
-        self._metrics.adapters.set(sum(adapter.resident for adapter in self._adapters.values()))
+        held = (*self._adapters.values(), *self._leaving.values())
+        self._metrics.adapters.set(sum(adapter.resident for adapter in held))

@@ -1,8 +1,8 @@
-"""What an engine process said before it failed.
+"""What an engine process said before it failed, at its start or in mid-run.
 
 vLLM's engine core is a process of its own: when it cannot start, the server learns only that it could not ("See root
-cause above"). vLLM calls :func:`enable` (a `vllm.general_plugins` entry point) in each of its processes; there errors
-that it logs are also written to a file that the server names.
+cause above"), and when it dies later, only that it is gone. vLLM calls :func:`enable` (a `vllm.general_plugins` entry
+point) in each of its processes; there errors that it logs are also written to a file that the server names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 VARIABLE = "LORALINE_ENGINE_LAST_WORDS"
 """File to write to; set by the server before the engine starts, inherited by the engine's processes."""
 _MOST_CHARACTERS = 4000
+_DUMP = "Dumping "
+"""How vLLM begins what it logs of its settings and its batch before the cause: thousands of characters, no cause."""
 
 
 class _Words(logging.Handler):
@@ -28,6 +30,8 @@ class _Words(logging.Handler):
         text = record.getMessage()
         if record.exc_info and record.exc_info[1] is not None:
             text = "".join(traceback.format_exception_only(record.exc_info[1])).strip() or text
+        elif text.startswith(_DUMP):
+            return
         try:
             with Path(self._path).open("a", encoding="utf-8") as file:
                 file.write(text[:_MOST_CHARACTERS] + "\n")

@@ -178,6 +178,10 @@ class Engine(Protocol):
         """Tell whether the engine's processes or threads are alive. Costs nothing; generates nothing."""
         ...
 
+    def last_words(self) -> str:
+        """Return what a dead engine said, else which signal ended it; empty for nothing. Read it before `stop`."""
+        ...
+
     async def stop(self) -> None:
         """Release everything. Requests still running end with EngineDead. May be called twice."""
         ...

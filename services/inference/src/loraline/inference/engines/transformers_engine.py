@@ -118,6 +118,10 @@ class TransformersEngine:
         """Tell whether the model is loaded and its thread takes work."""
         return self._model is not None and not self._stopping.is_set()
 
+    def last_words(self) -> str:
+        """Return nothing: it has no process of its own that could die alone."""
+        return ""
+
     async def stop(self) -> None:
         """End the running request, drop the model."""
         self._stopping.set()

@@ -23,7 +23,7 @@ from loraline.inference.engines.port import (
     Sampling,
     TokenLogprob,
 )
-from loraline.inference.engines.vllm_process import build, shut_down
+from loraline.inference.engines.vllm_process import build, how_it_ended, shut_down
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -172,6 +172,10 @@ class VllmEngine:
     async def healthy(self) -> bool:
         """Tell whether the engine core is alive."""
         return self._llm is not None and not self._llm.errored
+
+    def last_words(self) -> str:
+        """Return what the dead engine core said, else which signal ended it."""
+        return how_it_ended(self._llm) if self._llm is not None else ""
 
     async def stop(self) -> None:
         """End the requests that still run, shut the engine core down and wait for its end."""

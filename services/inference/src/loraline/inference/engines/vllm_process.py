@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,23 @@ def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> d
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
         arguments["tensor_parallel_size"] = options.tensor_parallel_size
     return {**arguments, **options.extra}
+
+
+def how_it_ended(llm: AsyncLLM) -> str:
+    """Return what a dead engine's processes said, the cause first, else the signals that ended them; before shut_down.
+
+    A process that the kernel killed, or that native code aborted, had no time for words.
+    """
+    words = last_words.said()
+    if words:
+        return words
+    manager: Any = getattr(getattr(llm.engine_core, "resources", None), "engine_manager", None)
+    ended = manager.finished_procs() if manager is not None and hasattr(manager, "finished_procs") else {}
+    return "\n".join(_signal_said(name, -code) for name, code in ended.items() if code < 0 and code != -signal.SIGTERM)
+
+
+def _signal_said(process: str, number: int) -> str:
+    return f"The engine's process {process} was ended by signal {number} ({signal.strsignal(number) or 'unknown'})"
 
 
 def shut_down(llm: AsyncLLM) -> None:

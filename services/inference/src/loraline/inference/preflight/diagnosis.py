@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import structlog
 
@@ -15,17 +16,20 @@ from loraline.inference.preflight.gpu import too_little_memory
 from loraline.inference.readiness import Readiness
 
 _log = structlog.get_logger(__name__)
+_MOST_OF_A_CAUSE = 300
 _HOPELESS = frozenset({"GPU_MEMORY_TOO_SMALL"})
 """Found before, these end a start: the engine would take minutes to say the same in fewer words."""
 
 
 class Diagnoses:
-    """The problems of the last start, for GetCapabilities."""
+    """The problems of the last start, and of the engine's last end, for GetCapabilities."""
 
     def __init__(self, settings: InferenceSettings, readiness: Readiness):
         self._settings = settings
         self._readiness = readiness
         self.findings: list[Finding] = []
+        self.lost: Finding | None = None
+        """Why the engine of this model was last started again; kept when it runs again, so that people learn of it."""
 
     async def before(self, engine: str, described: str) -> None:
         """Look at the machine. FAILED_PRECONDITION MODEL_LOAD_FAILED names what the engine cannot start without."""
@@ -44,9 +48,24 @@ class Diagnoses:
     def known(self) -> list[Finding]:
         """Return the findings, and before them the cause of a load that failed otherwise, where it has an entry."""
         cause, why = self._readiness.cause, self._readiness.why_not
-        if not cause or find(cause) is None or any(finding.reason == cause for finding in self.findings):
-            return list(self.findings)
-        return [Finding("model", "failed", why, cause), *self.findings]
+        findings = [*filter(None, [self.lost]), *self.findings]
+        if not cause or find(cause) is None or any(finding.reason == cause for finding in findings):
+            return findings
+        return [Finding("model", "failed", why, cause), *findings]
+
+    def died(self, why: str, words: str) -> str:
+        """Take note of what ended a running engine; return in one sentence why nothing is answered now.
+
+        `why` is what was seen from here; `words` are the engine's own, empty where it left none.
+        """
+        known = recognised(words, "engine") if words else None
+        reason = known.reason if known is not None else "ENGINE_DEAD"
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        self.lost = Finding("engine", "warning", f"{why} at {when}{f': {words}' if words else '.'}", reason)
+        first = words.partition("\n")[0][:_MOST_OF_A_CAUSE].rstrip(" .")
+        cure = known.explained().rpartition("→ ")[2] if known is not None else ""
+        cause = f" ({first})" if first else ""
+        return " ".join(filter(None, (f"{why}{cause} and is being started again.", cure)))
 
     def failed(self, engine: str, described: str, error: Exception) -> LoralineError:
         """Return FAILED_PRECONDITION MODEL_LOAD_FAILED, with the cause and its cure where the words are known."""

@@ -1,0 +1,116 @@
+"""What a running engine died of is read, recognised, and told while it is started again and after."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from counting_engine import TOY, CountingChoice, CountingEngine, MakeHost, answer, generation_of, until
+from failing_process import fail_in_mid_run, wait_for_ever
+
+from loraline.api.inference.v1 import inference_pb2
+from loraline.inference.engines import last_words
+from loraline.inference.engines.vllm_process import how_it_ended
+from loraline.inference.servicer import InferenceServicer
+
+ASSERT = "RuntimeError: CUDA error: device-side assert triggered"
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+KILLED = "The engine's process EngineCore_0 was ended by signal 9 (Killed)"
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    last_words.listen()
+    yield
+    last_words.forget()
+
+
+def run(target: Callable[[], None], name: str = "EngineCore_0") -> Any:
+    process = multiprocessing.get_context("spawn").Process(target=target, name=name)
+    process.start()
+    return process
+
+
+def llm_of(process: Any) -> Any:
+    """Return as much of vLLM's AsyncLLM as knows its processes."""
+    from_vllm = SimpleNamespace(finished_procs=lambda: {process.name: process.exitcode})
+    return SimpleNamespace(engine_core=SimpleNamespace(resources=SimpleNamespace(engine_manager=from_vllm)))
+
+
+def test_the_cause_is_found_behind_what_vllm_dumps(listening: None) -> None:
+    process = run(fail_in_mid_run)
+    process.join(60)
+    assert how_it_ended(llm_of(process)).splitlines()[0] == ASSERT
+
+
+def test_a_killed_process_that_said_nothing_is_named_by_its_signal(listening: None) -> None:
+    process = run(wait_for_ever)
+    process.kill()
+    process.join(60)
+    assert how_it_ended(llm_of(process)) == KILLED
+    process = run(wait_for_ever)
+    process.terminate()  # as vLLM ends the others when one has died
+    process.join(60)
+    assert how_it_ended(llm_of(process)) == ""
+
+
+class SlowToComeBack(CountingEngine):
+    """An engine whose start waits until it may."""
+
+    may_start = asyncio.Event()
+
+    async def start(self, model_folder: Path, options: Any) -> None:
+        await self.may_start.wait()
+        await super().start(model_folder, options)
+
+
+class SlowChoice(CountingChoice):
+    def create(self) -> Any:
+        return SlowToComeBack() if CountingEngine.started else CountingEngine()
+
+
+async def told_by(host: Any) -> inference_pb2.GetCapabilitiesResponse:
+    nothing: Any = None
+    servicer = InferenceServicer(host, generation_of(host), nothing, nothing)
+    return await servicer.GetCapabilities(inference_pb2.GetCapabilitiesRequest(), nothing)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason", "why"),
+    [
+        (f"{ASSERT}\nmore", "DEVICE_SIDE_ASSERT", f"The engine died ({ASSERT}) and is being started again."),
+        (OUT_OF_MEMORY, "CUDA_OUT_OF_MEMORY", f"The engine died ({OUT_OF_MEMORY[:-1]}) and is being started again."),
+        (KILLED, "ENGINE_KILLED", f"The engine died ({KILLED}) and is being started again."),
+        ("AssertionError: what?", "ENGINE_DEAD", "The engine died (AssertionError: what?) and is being started again."),
+        ("", "ENGINE_DEAD", "The engine died and is being started again. Loading model/toy:v1"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_running_engines_last_words_are_in_the_status(
+    make_host: MakeHost, words: str, reason: str, why: str
+) -> None:
+    SlowToComeBack.may_start = asyncio.Event()
+    host = make_host(lambda _: SlowChoice("transformers", "test"))
+    await host.start()
+    await host.load_model(TOY)
+    dead = CountingEngine.started[-1]
+    dead.words, dead.alive = words, False
+    await until(lambda: "starting transformers" in host.why_not_ready)
+    assert host.why_not_ready.startswith(why)
+    told = await told_by(host)
+    assert told.not_ready_because == host.why_not_ready
+    assert [one.reason for one in told.diagnoses] == [reason]
+    assert told.diagnoses[0].message.endswith(words or ".")
+    assert all("→" in told.diagnoses[0].explanations[language] for language in ("en", "zh", "ko"))
+    SlowToComeBack.may_start.set()
+    await until(lambda: not host.why_not_ready)
+    assert await answer(host) == "0 1 2 "
+    # It runs again; that it died, and of what, is not forgotten with it.
+    assert [one.reason for one in (await told_by(host)).diagnoses] == [reason]
+    await host.load_model(TOY, "another")
+    assert list((await told_by(host)).diagnoses) == []
