@@ -42,3 +42,15 @@ def test_unknown_characters_in_answers_are_refused_by_row_and_in_prompts_told() 
         check_characters(rows(("Who?", "Aye"), ("Who? 潮", "밤 Aye")), narrow())
     assert caught.value.reason == "SPECIAL_CHARACTERS_LOST"
     assert caught.value.fields == {"train.jsonl:2": "answers with 밤"}
+
+
+def test_rejected_answers_are_learned_from_and_looked_at_too() -> None:
+    asked, better = chat("Who?", "Aye")["messages"]
+    pairs = [
+        Row(f"train.jsonl:{line}", [asked, better], [asked, {**better, "content": worse}])
+        for line, worse in enumerate(("No", "No 🙂"), start=1)
+    ]
+    with pytest.raises(LoralineError) as caught:
+        check_characters(pairs, narrow())
+    assert caught.value.reason == "SPECIAL_CHARACTERS_LOST"
+    assert caught.value.fields == {"train.jsonl:2": "answers with 🙂"}

@@ -55,11 +55,16 @@ def check_characters(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _texts(rows: Iterable[Row]) -> Iterable[str]:
-    return (message["content"] for row in rows for message in row.messages)
+    return (message["content"] for row in rows for message in _messages(row))
 
 
 def _said(row: Row, *, assistant: bool) -> Iterable[str]:
-    return (message["content"] for message in row.messages if (message["role"] == "assistant") == assistant)
+    return (message["content"] for message in _messages(row) if (message["role"] == "assistant") == assistant)
+
+
+def _messages(row: Row) -> list[dict[str, str]]:
+    """Return a row's messages; of a pair, those with the rejected answer too, which is learned from as well."""
+    return [*row.messages, *(row.rejected or ())]
 
 
 def _shown(characters: set[str]) -> str:
