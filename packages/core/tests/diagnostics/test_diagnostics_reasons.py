@@ -16,6 +16,7 @@ HELPERS = {
     "resource_exhausted",
     "unavailable",
     "JobPaused",
+    "rows_error",
 }
 REASON = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
 
