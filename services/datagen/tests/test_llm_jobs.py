@@ -93,6 +93,8 @@ async def test_a_pause_names_the_command_to_go_on(running: Running, provider: Fa
     assert (job.state, job.pause.reason) == (job_pb2.JOB_STATE_PAUSED, "MODEL_COOLDOWN")
     assert f"loraline jobs resume {job.name}" in job.pause.message
     assert job.pause.retry_time.seconds - job.create_time.seconds > 400_000
+    pauses = {"reason": "MODEL_COOLDOWN", "endpoint": "default", "model": "toy"}
+    assert await counted(running, "pauses_total", 1, **pauses) == 1, "the alert DatagenQuotaExhausted waits for it"
     provider.replies = []  # The cooldown was stale: one call finds out.
     result_of(await resume(running, job.name))
 

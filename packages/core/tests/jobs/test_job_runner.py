@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from google.protobuf.struct_pb2 import Struct
+from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
 from loraline.api.artifact.v1 import artifact_pb2
@@ -31,6 +32,7 @@ from loraline.core.jobs.payload import settings_to_json
 from loraline.core.jobs.queue import JobQueue
 from loraline.core.jobs.runner import JobRunner
 from loraline.core.jobs.sql_table import open_table
+from loraline.core.serving.metrics import JobMetrics
 from loraline.core.testing import jobs as testing
 from loraline.core.testing.waiting import alive, until, until_state
 
@@ -314,8 +316,13 @@ async def test_killed_runner_takes_its_children_along_and_another_takes_over(
     process.kill()
     await until(lambda: not alive(child) and not alive(grandchild), "the death of the whole group", 5)
     pid_file.unlink()
-    await start_runner()
+    registry = CollectorRegistry()
+    metrics = JobMetrics(registry)
+    metrics.announce([testing.FAMILY.kind])
+    await start_runner(observer=metrics)
     await until(lambda: pid_file.exists() and pid_file.read_text(), "the take-over")
+    taken_over = registry.get_sample_value("loraline_job_lease_takeovers_total", {"kind": testing.FAMILY.kind})
+    assert taken_over == 1, "the alert LeaseTakeovers waits for it"
     assert time.monotonic() - killed_at < settings.lease_seconds + 20
     taken = await queue.get(job.name)
     assert (taken.state, taken.attempt) == (RUNNING, 2)

@@ -84,6 +84,7 @@ async def test_health_is_not_serving_when_the_database_is_gone(server):
         # Connections that are open already would go on with the moved file.
         running.component.extra["platform"].database.engine.dispose()
         await until(lambda: _is(channel, JOBS, NOT_SERVING))
+        assert await database_ready(running) == "0.0", "the alert DatabaseUnreachable waits for it"
         assert await health(channel) == NOT_SERVING
         assert await health(channel, "liveness") == SERVING  # nor would it bring the database back
         running.component.extra["platform"].database.engine.dispose()
@@ -93,6 +94,14 @@ async def test_health_is_not_serving_when_the_database_is_gone(server):
         for file in elsewhere.iterdir():
             file.rename(database.parent / file.name)
         await until(lambda: _is(channel, JOBS, SERVING))
+        assert await database_ready(running) == "1.0"
+
+
+async def database_ready(running):
+    """Return loraline_ready of the database, as Prometheus reads it."""
+    _, text = await asyncio.to_thread(get, running.addresses.metrics, "/metrics")
+    (line,) = [line for line in text.splitlines() if line.startswith('loraline_ready{part="database"}')]
+    return line.split()[-1]
 
 
 async def test_a_call_in_flight_finishes_while_draining(server):

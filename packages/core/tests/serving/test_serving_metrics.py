@@ -11,6 +11,7 @@ from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2
 from loraline.core.config import CoreSettings
 from loraline.core.db.schema import jobs as jobs_table
+from loraline.core.errors import LoralineError
 from loraline.core.jobs.handlers import JobHandler
 from loraline.core.jobs.model import JobEnd
 from loraline.core.serving.component import Component
@@ -123,3 +124,21 @@ def test_artifact_operations_are_counted(platform, tmp_path: Path):
     )
     assert float(line.split()[-1]) >= 1000
     assert 'loraline_artifact_operation_seconds_count{operation="publish"} 1.0' in text
+
+
+def test_a_damaged_file_is_counted_where_the_alert_looks(platform, tmp_path: Path):
+    from loraline.api.artifact.v1 import artifact_pb2
+
+    name = "loraline_artifact_verification_failures_total"
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "x.txt").write_bytes(b"x" * 1000)
+    made = platform.library.publish(artifact_pb2.ARTIFACT_KIND_SOURCE, "raw", folder)
+    platform.library.verify(made.ref)
+    assert platform.registry.get_sample_value(name) == 0
+    (stored,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and p.read_bytes() == b"x" * 1000]
+    stored.chmod(0o600)
+    stored.write_bytes(b"x" * 999 + b"y")
+    with pytest.raises(LoralineError, match=r"x\.txt"):
+        platform.library.verify(made.ref)
+    assert platform.registry.get_sample_value(name) == 1
