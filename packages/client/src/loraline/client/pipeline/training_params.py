@@ -34,16 +34,26 @@ ALIASES = {
 """Other name -> field of TrainingParameters."""
 
 HINTS = {
-    "bf16": "Write `dtype: bf16`.",
-    "fp16": "Write `dtype: fp16`.",
-    "load_in_4bit": "Write `quantization: nf4`.",
-    "load_in_8bit": "Write `quantization: int8`.",
-    "use_dora": "Write `method: dora` beside training_params.",
     "validation_split": "Write `validation_fraction` in the dataset.",
     "warmup_steps": "Write `warmup_ratio`, a share of all steps.",
     "optim": "The optimiser is AdamW; it cannot be chosen.",
 }
 """Known elsewhere, said differently here."""
+
+_UNQUANTIZED = "Leave it out, or write `quantization: none` where the base must never be quantised."
+_BY_HARDWARE = "Leave it out: the hardware decides. `dtype: fp32` asks for full precision."
+SWITCHES = {
+    "bf16": ("Write `dtype: bf16`.", _BY_HARDWARE),
+    "fp16": ("Write `dtype: fp16`.", _BY_HARDWARE),
+    "load_in_4bit": ("Write `quantization: nf4`.", _UNQUANTIZED),
+    "use_4bit": ("Write `quantization: nf4`.", _UNQUANTIZED),
+    "load_in_8bit": ("Write `quantization: int8`.", _UNQUANTIZED),
+    "use_8bit": ("Write `quantization: int8`.", _UNQUANTIZED),
+    "no_4bit": ("Write `quantization: none`.", "Leave it out: 4 bits are taken where memory is tight."),
+    "no-4bit": ("Write `quantization: none`.", "Leave it out: 4 bits are taken where memory is tight."),
+    "use_dora": ("Write `method: dora` beside training_params.", "Leave it out."),
+}
+"""Switches known elsewhere: what to write instead where they are on, and where they are off."""
 
 _ZERO_MEANS_DEFAULT = {
     "epochs": "3",
@@ -60,7 +70,7 @@ _ZERO_MEANS_DEFAULT = {
 def read_training_params(node: Node) -> trainer_pb2.TrainingParameters:
     """Return the settings; unknown names, wrong types and zeros that would silently mean a default are mistakes."""
     parameters = trainer_pb2.TrainingParameters()
-    fill(parameters, node, aliases=ALIASES, hints=HINTS)
+    fill(parameters, node, aliases=ALIASES, hints=_hints(node))
     entries = dict(node.mapping())
     lora = entries.pop("lora", None)
     if lora is not None and isinstance(lora.value, dict):
@@ -70,3 +80,13 @@ def read_training_params(node: Node) -> trainer_pb2.TrainingParameters:
         if default and as_number(child.value) == 0:
             child.fault(f"must be above 0: 0 would mean the default ({default}).")
     return parameters
+
+
+def _hints(node: Node) -> dict[str, str]:
+    """Return what to say of the keys that are known elsewhere; of a switch it depends on the value that it has."""
+    given = {key: child.value for key, child in node.mapping().items() if key in SWITCHES}
+    return HINTS | {key: SWITCHES[key][_is_off(value)] for key, value in given.items()}
+
+
+def _is_off(value: object) -> bool:
+    return not value or str(value).strip().lower() in ("false", "no", "off", "0", "none")
