@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "seal.json"
+_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -34,7 +35,7 @@ def seal(folder: Path) -> None:
             os.fsync(content.fileno())
     partial = folder / f".{SEAL}.partial"
     with partial.open("w", encoding="utf-8") as file:
-        json.dump({"version": 1, "sha256": digests}, file)
+        json.dump({"version": _VERSION, "sha256": digests}, file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / SEAL)
@@ -47,7 +48,7 @@ def damage(folder: Path) -> str:
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         digests = content["sha256"]
-        assert isinstance(digests, dict) and digests  # noqa: S101
+        assert content["version"] == _VERSION and isinstance(digests, dict) and digests  # noqa: S101
     except FileNotFoundError:
         return "has no seal: it was not finished"
     except (OSError, ValueError, KeyError, TypeError, AssertionError):

@@ -31,10 +31,8 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
     settings = _start()
     spec = training_spec(request)
     prepare_reports(spec.report_to, request.name, context.settings.data_dir / "reports")
-    if request.existing_run == pb.EXISTING_RUN_POLICY_OVERWRITE:
-        drop_earlier_checkpoints(context, request.name)
-    elif request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
-        bring_checkpoint(context, request.name, spec.epochs, spec.max_steps)
+    if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
+        bring_checkpoint(context, request)
     recover(context, request.name, checkpoints_folder(context.settings.data_dir, context.job))
     datasets, references = _datasets(context, request, pairs=spec.preference)
     base = _base(context, settings, request.base_model)
@@ -53,7 +51,7 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
     )
     _check_servable(request, base)
     with publishing(context, settings, request.name) as publisher, counting_divergence(context):
-        observer = ContextObserver(context, request.name, publisher)
+        observer = ContextObserver(context, request.name, publisher, begun=lambda: _begun(context, request))
         if spec.ranks:
             finished = launching.run_on_ranks(inputs, spec, context.workdir, observer, count=settings.ranks)
         else:
@@ -68,6 +66,12 @@ def train(context: JobContext, request: pb.TrainRequest) -> pb.TrainResult:
     if not spec.preference:  # DPO's loss starts at 0.69 whatever the data; the bands of answers say nothing about it
         context.count("trainer_runs", verdict=verdict_of(result, request.parameters.epochs))
     return result
+
+
+def _begun(context: JobContext, request: pb.TrainRequest) -> None:
+    """Let the checkpoints go that OVERWRITE gives up: only now is it sure that there are rows and a base to train."""
+    if request.existing_run == pb.EXISTING_RUN_POLICY_OVERWRITE:
+        drop_earlier_checkpoints(context, request.name)
 
 
 def import_model(context: JobContext, request: pb.ImportModelRequest) -> pb.ModelResult:

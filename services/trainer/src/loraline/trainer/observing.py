@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraline.core.jobs.context import JobContext
@@ -12,12 +12,24 @@ from loraline.trainer.published import CheckpointPublisher
 class ContextObserver:
     """Passes what the engine reports on to the job."""
 
-    def __init__(self, context: JobContext, run: str, publisher: CheckpointPublisher | None = None):
+    def __init__(
+        self,
+        context: JobContext,
+        run: str,
+        publisher: CheckpointPublisher | None = None,
+        *,
+        begun: Callable[[], None] | None = None,
+    ):
+        """Pass reports of `run` on; `begun` is called once, when its first step was made."""
         self.context, self.run, self.publisher = context, run, publisher
+        self._begun = begun
         self._counted = 0
 
     def progress(self, step: int, total: int, eta_seconds: float, metrics: Mapping[str, float]) -> None:
         """Report a step."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun()
         message = f"step {step}/{total}"
         if "loss" in metrics:
             message += f", loss {metrics['loss']:.3f}"

@@ -14,7 +14,8 @@ from loraline.core.jobs.model import state_name
 from loraline.trainer import checkpoints
 from loraline.trainer.batch_view import FILE_NAME as FIRST_BATCH
 from loraline.trainer.batch_view import load_rows
-from loraline.trainer.continuing import checkpoints_folder, job_folder, newest_checkpoint, nothing_to_continue
+from loraline.trainer.continuing import checkpoints_folder, job_folder, nothing_to_continue, standings
+from loraline.trainer.differences import another_run
 from loraline.trainer.published import figures_of, step_of
 
 _LIVE = {job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_PAUSED}
@@ -37,9 +38,7 @@ def refuse_existing(
         if live is not None:
             return _active(request, live)
         if request.existing_run == pb.EXISTING_RUN_POLICY_CONTINUE:
-            ended = [job.name for job in jobs]
-            found = newest_checkpoint(data_dir, ended) is not None or stored()
-            return None if found else nothing_to_continue(request.name)
+            return _not_continuable(request, jobs, data_dir, stored())
         return None
     holder = live or done
     if holder is None:
@@ -50,6 +49,17 @@ def refuse_existing(
         "BACKUP_AND_RESTART keeps them and starts anew; published versions of the adapter stay. Or take another name."
     )
     return already_exists("RUN_EXISTS", message, job=holder.name, choices="CONTINUE,OVERWRITE,BACKUP_AND_RESTART")
+
+
+def _not_continuable(
+    request: pb.TrainRequest, jobs: list[job_pb2.Job], data_dir: Path, stored: list[Artifact]
+) -> LoralineError | None:
+    newest = next(standings(jobs, data_dir, stored), None)
+    if newest is None:
+        return nothing_to_continue(request.name)
+    before = pb.TrainRequest()
+    newest.job.spec.Unpack(before)
+    return another_run(before, request)
 
 
 def _active(request: pb.TrainRequest, live: job_pb2.Job) -> LoralineError:
