@@ -22,6 +22,8 @@ _MEMORY_KNOBS = (
     "(LORALINE_MAX_CONCURRENT_JOBS), or give the machine or container more memory."
 )
 
+_FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
+
 
 def user_pause(name: str) -> job_pb2.PauseInfo:
     """Return why a job is paused that someone asked to pause."""
@@ -94,14 +96,30 @@ def failure(error: BaseException) -> LoralineError:
     if isinstance(error, MemoryError):
         message = f"The job ran out of memory ({_last_frame(error)}). {_MEMORY_KNOBS}"
         return LoralineError(grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", message)
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        where = f" at {error.filename}" if error.filename else ""
+    if (full := _full_disk(error)) is not None:
+        filename = getattr(full, "filename", None)
+        where = f" at {filename}" if filename else ""
         message = f"The disk is full{where}. Free space, or move LORALINE_DATA_DIR, then resume the job."
         return LoralineError(grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL", message)
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     text = f"The job crashed with {kind}: {str(error) or '(no message)'} ({_last_frame(error)})."
     metadata = {"exception": kind, "frame": _last_frame(error)}
     return LoralineError(grpc.StatusCode.INTERNAL, "JOB_CRASHED", text, metadata=metadata)
+
+
+def _full_disk(error: BaseException) -> BaseException | None:
+    """Return the error, or the one it was raised from or while handling, that says that a disk is full.
+
+    safetensors and torch write files themselves and raise errors of their own, torch's without saying why.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return seen
+        if any(words in str(seen) for words in _FULL_DISK):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _last_frame(error: BaseException) -> str:
