@@ -14,6 +14,7 @@ MERGER = 'instance="m:9600",job="loraline",service="merger"'
 INFERENCE = 'instance="i:9600",job="loraline",service="inference"'
 RUN = f'{TRAINER},run="mareva",base_model="tiny"'
 ENDPOINT = f'{DATAGEN},endpoint="main",model="m"'
+UNBOUND = f'{DATAGEN},endpoint="",model=""'
 TTFT = "loraline_inference_time_to_first_token_seconds"
 
 
@@ -26,14 +27,20 @@ class Case:
     """When the alert is looked for."""
     also: tuple[str, ...] = ()
     """Other alerts that fire rightly in this history."""
+    gone: tuple[str, ...] = ()
+    """Stages that Prometheus knows no server of; the others are up in every history that says nothing else."""
 
 
 def _runs(verdict: str, values: str) -> dict[str, str]:
     return {f'loraline_trainer_runs_total{{{TRAINER},verdict="{verdict}"}}': values}
 
 
-def _run(loss: str, steps: str) -> dict[str, str]:
-    return {f"loraline_training_loss{{{RUN}}}": loss, f"loraline_training_steps{{{RUN}}}": steps}
+def _run(loss: str, steps: str, planned: str = "5000x200") -> dict[str, str]:
+    return {
+        f"loraline_training_loss{{{RUN}}}": loss,
+        f"loraline_training_steps{{{RUN}}}": steps,
+        f"loraline_training_steps_planned{{{RUN}}}": planned,
+    }
 
 
 def _rows(**outcomes: str) -> dict[str, str]:
@@ -105,8 +112,16 @@ FAST, SLOW = "InferenceErrorsBurnFast", "InferenceErrorsBurnSlowly"
 FIRES: dict[str, Case | list[Case]] = {
     "TrainingDiverged": Case(_runs("diverged", "0x10 1x20"), 20),
     "TrainingLossRises": Case(_run(RISES, "0+5x60"), 55),
-    "TrainingLossNotFinite": Case(_run("2x5" + " NaN" * 10, "0+5x20"), 10),
-    "TrainingStalled": Case(_run("2x40", "0+5x10 50x30"), 35),
+    "TrainingLossNotFinite": [
+        Case(_run("2x5" + " NaN" * 10, "0+5x20"), 10),
+        Case(_run("2x20", "0+5x20") | _one("loraline_training_eval_loss", RUN, "_x5 2x2" + " NaN" * 10), 12),
+        Case(_run("2x20", "0+5x20") | _one("loraline_training_eval_loss", RUN, "_x5 2x2" + " Inf" * 10), 12),
+    ],
+    "TrainingStalled": [
+        Case(_run("2x60", "0+5x10 50x50"), 45),
+        Case(_run("_x180", "0x180", "0x180"), 130),  # it never began
+        Case(_run("2x180", "0+5x10 50x170", "50x180"), 140),  # it never ended
+    ],
     "TrainingLossPlateau": Case(_run("1.5x150", "0+5x150"), 130),
     "TrainingOutOfMemoryLoop": Case(_one("loraline_trainer_oom_recoveries_total", TRAINER, "0x5 1 2 3 4x20"), 20),
     "CheckpointFailures": Case(
@@ -154,7 +169,11 @@ FIRES: dict[str, Case | list[Case]] = {
         _one("loraline_inference_refused_total", f'{INFERENCE},reason="QUEUE_FULL"', "0x10 0+5x20"), 20
     ),
     "KvCacheFull": Case(_one("vllm:kv_cache_usage_perc", f'{INFERENCE},engine="0"', "0.99x40"), 30),
-    "ServiceDown": Case(_one("up", TRAINER, "1x5 0x20"), 12),
+    "ServiceDown": [
+        Case(_one("up", TRAINER, "1x5 0x20"), 12),
+        Case({}, 12, gone=("inference",)),  # a pod that is pending, or gone
+        Case({}, 12, gone=("datagen", "trainer", "merger", "inference")),
+    ],
     "DatabaseUnreachable": Case(_one("loraline_ready", f'{TRAINER},part="database"', "1x5 0x20"), 12),
     "GrpcErrors": Case(_grpc("0+50x40", "0+10x40"), 30),
     "DiskAlmostFull": Case(_disk("90x300"), 20),
@@ -165,12 +184,17 @@ FIRES: dict[str, Case | list[Case]] = {
 STAYS_QUIET: dict[str, list[Case]] = {
     "TrainingDiverged": [Case(_runs("good", "0+1x30"), 20), Case(_runs("diverged", "3x30"), 20)],
     "TrainingLossRises": [Case(_run(FALLS, "0+5x120"), 100), Case(_run(BUMP, "0+5x60"), 55)],
-    "TrainingLossNotFinite": [Case(_run(FALLS, "0+5x120"), 50)],
+    "TrainingLossNotFinite": [
+        Case(_run(FALLS, "0+5x120"), 50),
+        Case(_run(FALLS, "0+5x120") | _one("loraline_training_eval_loss", RUN, "_x5 2x90"), 50),
+    ],
     "TrainingStalled": [
         Case(_run(FALLS, "0+5x120"), 60),
-        # A model that is still loading in its first ten minutes, and a run that ended.
-        Case(_run("_x11", "0x11"), 10),
-        Case(_run("2x10 stale", "0+5x10 stale"), 35),
+        Case(_run("_x90", "0x90", "0x90"), 80),  # a large model that loads for an hour and a half
+        Case(_run("2x60", "0+5x10 50x25 50+5x20"), 34),  # an evaluation of 25 minutes
+        Case(_run("2x120", "0+5x10 50x110", "50x120"), 100),  # probes and publishing after the last step
+        Case(_run("2x10 stale", "0+5x10 stale", "200x10 stale"), 38),  # a run that ended
+        Case(_run("2x40 stale", "0+5x10 50x30 stale", "200x40 stale"), 47),  # one that ended after a long evaluation
     ],
     "TrainingLossPlateau": [Case(_run(FALLS, "0+5x120"), 110), Case(_run("1.5x50", "0+5x50"), 50)],
     "TrainingOutOfMemoryLoop": [
@@ -181,6 +205,9 @@ STAYS_QUIET: dict[str, list[Case]] = {
     ],
     "DatagenQuotaExhausted": [
         Case(_one("loraline_datagen_pauses_total", f'{ENDPOINT},reason="QUOTA_EXHAUSTED"', "1x60"), 50),
+        # Bounds that the request set.
+        Case(_one("loraline_datagen_pauses_total", f'{UNBOUND},reason="BUDGET_REACHED"', "_x40 1x10"), 45),
+        Case(_one("loraline_datagen_pauses_total", f'{UNBOUND},reason="LLM_CANDIDATES_EXHAUSTED"', "0x40 1x10"), 45),
     ],
     "DatagenRejectionRateHigh": [
         Case(_rows(accepted="0+6x60", rejected_schema="0+2x60"), 45),
@@ -231,6 +258,12 @@ STAYS_QUIET: dict[str, list[Case]] = {
     "ServiceDown": [
         Case(_one("up", TRAINER, "1x5 0 0 1x20"), 9),
         Case(_one("up", 'instance="x:1",job="other",service="prometheus"', "0x20"), 12),
+        # `loraline up`: all stages are one server.
+        Case(
+            _one("up", 'instance="l:9600",job="loraline",service="loraline"', "1x20"),
+            12,
+            gone=("datagen", "trainer", "merger", "inference"),
+        ),
     ],
     "DatabaseUnreachable": [Case(_one("loraline_ready", f'{TRAINER},part="database"', "1x5 0 1x20"), 12)],
     "GrpcErrors": [

@@ -35,6 +35,7 @@ def _alerts() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+STAGES = ("datagen", "trainer", "merger", "inference")
 NAMES = [alert["alert"] for alert in _alerts()]
 
 
@@ -49,11 +50,22 @@ def test_every_alert_has_histories_and_a_place_in_the_handbook() -> None:
         assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}
 
 
+def _series(case: Case) -> dict[str, str]:
+    """A case's series, and every stage up of which it says nothing."""
+    told = {stage for stage in STAGES if any(f'service="{stage}"' in name for name in case.series if name[:3] == "up{")}
+    up = {
+        f'up{{instance="{stage[0]}:9600",job="loraline",service="{stage}"}}': "1x600"
+        for stage in STAGES
+        if stage not in told and stage not in case.gone
+    }
+    return case.series | up
+
+
 def _evaluate(folder: Path, *cases: tuple[Case, list[str]]) -> subprocess.CompletedProcess[str]:
     tests = [
         {
             "interval": "1m",
-            "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
+            "input_series": [{"series": name, "values": values} for name, values in _series(case).items()],
             "promql_expr_test": [
                 {
                     "expr": 'sum by (alertname) (ALERTS{alertstate="firing"}) > bool 0',
