@@ -18,9 +18,9 @@ import torch
 import transformers
 
 from loraline.core.errors import LoralineError
+from loraline.core.model_files.pieces import piece_ids
+from loraline.core.model_files.tokenizer import read_tokenizer
 from loraline.merger.check.findings import loadable
-from loraline.merger.check.pieces import piece_ids
-from loraline.merger.check.tokens import read_tokenizer
 from loraline.merger.merging import AdapterInput, MergeOptions, merge_folders
 from loraline.merger.model_jobs import check_everything, check_rendering
 from loraline.merger.repair import repair_folder

@@ -18,7 +18,8 @@ from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref, parse_ref
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
-from loraline.core.preflight.model_folder import weight_problems
+from loraline.core.preflight import Finding
+from loraline.core.preflight.model_folder import vocabulary_findings, weight_problems
 from loraline.core.server_paths import model_folder
 
 
@@ -36,6 +37,8 @@ class LocalBase:
     config_sha256: str
     tokenizer_sha256: str
     """Digest of tokenizer.json; empty without one."""
+    doubts: tuple[Finding, ...] = ()
+    """What is wrong with the folder and does not keep it from being served."""
 
     @property
     def digest(self) -> str:
@@ -88,7 +91,7 @@ def open_base(spec: BaseModel, library: ArtifactLibrary, settings: CoreSettings,
         folder, _ = hub.download(spec.hub_id, spec.revision, code=spec.trust_remote_code)
         name = spec.hub_id.rpartition("/")[2]
         resolved.revision = folder.name
-    _check_complete(folder)
+    doubts = _check_complete(folder)
     return LocalBase(
         spec=resolved,
         folder=folder,
@@ -96,6 +99,7 @@ def open_base(spec: BaseModel, library: ArtifactLibrary, settings: CoreSettings,
         artifact=artifact,
         config_sha256=_digest(folder / "config.json"),
         tokenizer_sha256=_digest(folder / "tokenizer.json"),
+        doubts=doubts,
     )
 
 
@@ -121,12 +125,22 @@ def _check_remote_code(spec: BaseModel, settings: CoreSettings) -> None:
         raise LoralineError(grpc.StatusCode.PERMISSION_DENIED, "REMOTE_CODE_REFUSED", message, fields=fields)
 
 
-def _check_complete(folder: Path) -> None:
+def _check_complete(folder: Path) -> tuple[Finding, ...]:
+    """Return the doubts about a folder. FAILED_PRECONDITION for one that is not whole or whose tokenizer is another's.
+
+    MODEL_INCOMPLETE, VOCAB_SIZE_MISMATCH or TOKEN_ID_OUT_OF_RANGE; a GPU would end in a device-side assert.
+    """
     read_config(folder)
     problems = list(weight_problems(folder))
     if problems:
         more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
         raise _incomplete(folder, f"{'; '.join(problems[:3])}{more}")
+    found = vocabulary_findings(folder)
+    for finding in found:
+        if finding.level == "failed":
+            message = f"{finding.said}. Publish or download it again, with the config and tokenizer of its weights."
+            raise failed_precondition(finding.reason, message, folder=str(folder))
+    return tuple(found)
 
 
 def _incomplete(folder: Path, why: str) -> LoralineError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from loraline.core.errors import LoralineError
+from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.serving.auth import current_principal
 from loraline.core.serving.key_rates import KeyRates
 from loraline.inference.admission import Admission
@@ -237,6 +237,7 @@ class Generation:
             if not ids or min(ids) < 0 or max(ids) >= vocab:
                 message = f"prompt as token ids must hold at least one id, each from 0 to {vocab - 1}."
                 raise invalid_field("PROMPT_INVALID", message, name)
+        _check_ids(ids, target)
         if not ids:
             raise invalid_field("PROMPT_EMPTY", f"{name} gives no token; there is nothing to continue.", name)
         if len(ids) > limit:
@@ -254,6 +255,17 @@ async def _shape(question: Question) -> AnswerShape | None:
     rule = rule_of(question.language, question.forbid, question.spoken)
     # A new shape is parsed for milliseconds; a language model's service has a loop to keep free.
     return await asyncio.to_thread(shape_of, question.constraint, rule, question.shape_field)
+
+
+def _check_ids(ids: Sequence[int], target: Target) -> None:
+    """Refuse ids that the embedding has no row for: on a GPU one such prompt would end the engine for everybody."""
+    rows = target.serving.engine.facts.vocab_size
+    if rows and ids and max(ids) >= rows:
+        message = (
+            f"The prompt's text becomes token {max(ids)}; {target.serving.name} has 0 to {rows - 1}. That token "
+            "was added to the tokenizer alone. Leave it out of the text, or serve the tokenizer of these weights."
+        )
+        raise failed_precondition("TOKEN_ID_OUT_OF_RANGE", message, token_id=str(max(ids)), rows=str(rows))
 
 
 def _within_window(sampling: Sampling, prompt_tokens: int, window: int) -> Sampling:

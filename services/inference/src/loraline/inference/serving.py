@@ -108,7 +108,7 @@ async def start_serving(
     """
     begun = time.monotonic()
     await asyncio.to_thread(check_parser, settings.tool_parser)
-    await diagnoses.before(choice.name, base.described)
+    await diagnoses.before(choice.name, base.described, base.doubts)
     phase("reading the tokenizer")
     chat_format = await asyncio.to_thread(ChatFormat.load, base.folder, trust_remote_code=base.spec.trust_remote_code)
     engine = choice.create()

@@ -11,10 +11,11 @@ from typing import Any
 from loraline.core.errors import failed_precondition, unsupported
 from loraline.core.evidence.probes import FILE_NAME as PROBES_FILE
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
+from loraline.core.model_files.tokenizer import read_tokenizer
 from loraline.merger.check.findings import loadable
 from loraline.merger.check.folder import check_folder
 from loraline.merger.check.tokenizer import stopping_ids
-from loraline.merger.check.tokens import chat_template, read_tokenizer
+from loraline.merger.check.tokens import chat_template
 from loraline.merger.engines.gguf_export import F16, Q8_0, write_gguf
 from loraline.merger.engines.judgement import changed_model, measure_export
 from loraline.merger.engines.measure import Measurement

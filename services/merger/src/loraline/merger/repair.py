@@ -10,6 +10,7 @@ from typing import Any
 
 from loraline.core.evidence.receipt import FILE_NAME as RECEIPT_FILE
 from loraline.core.evidence.receipt import load_receipt
+from loraline.core.model_files.tokenizer import TokenizerFiles, read_tokenizer
 from loraline.merger.check.dimensions import head_dim
 from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding
@@ -22,7 +23,7 @@ from loraline.merger.check.tokenizer import (
     stopping_ids,
     token_ids,
 )
-from loraline.merger.check.tokens import TokenizerFiles, chat_template, read_tokenizer
+from loraline.merger.check.tokens import chat_template
 from loraline.merger.json_files import read_json
 from loraline.merger.sync import TOKENIZER_FILES, files_to_sync, write_json
 from loraline.merger.weights.header import read_header

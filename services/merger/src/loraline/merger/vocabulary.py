@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from loraline.core.errors import failed_precondition
+from loraline.core.model_files.tokenizer import read_tokenizer
 from loraline.merger.check.findings import Finding
-from loraline.merger.check.tokens import read_tokenizer
 from loraline.merger.json_files import read_json
 from loraline.merger.sync import TOKENIZER_FILES, write_json
 

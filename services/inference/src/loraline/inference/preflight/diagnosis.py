@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import structlog
@@ -31,13 +32,15 @@ class Diagnoses:
         self.lost: Finding | None = None
         """Why the engine of this model was last started again; kept when it runs again, so that people learn of it."""
 
-    async def before(self, engine: str, described: str) -> None:
-        """Look at the machine. FAILED_PRECONDITION MODEL_LOAD_FAILED names what the engine cannot start without."""
-        self.findings = []
-        if engine != "vllm":
-            return
-        found = await asyncio.to_thread(lambda: list(check_engine(self._settings)))
-        self.findings = [finding for finding in found if finding.level != "ok"]
+    async def before(self, engine: str, described: str, doubts: Iterable[Finding] = ()) -> None:
+        """Look at the machine; `doubts` are what is known of the model.
+
+        FAILED_PRECONDITION MODEL_LOAD_FAILED names what the engine cannot start without.
+        """
+        self.findings = list(doubts)
+        if engine == "vllm":
+            found = await asyncio.to_thread(lambda: list(check_engine(self._settings)))
+            self.findings += [finding for finding in found if finding.level != "ok"]
         for finding in self.findings:
             _log.warning("preflight", check=finding.check, reason=finding.reason, said=finding.said)
         for finding in self.findings:

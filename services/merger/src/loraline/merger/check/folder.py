@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import LoralineError
+from loraline.core.model_files.objects import load_object
+from loraline.core.model_files.tokenizer import read_tokenizer
 from loraline.merger.check.dimensions import check_dimensions
 from loraline.merger.check.families import find_layout
 from loraline.merger.check.findings import Finding, from_error, gravest_first
 from loraline.merger.check.tokenizer import check_tokenizer
-from loraline.merger.check.tokens import chat_template, read_tokenizer
-from loraline.merger.json_files import load_object
+from loraline.merger.check.tokens import chat_template
 from loraline.merger.sync import TOKENIZER_FILES
 from loraline.merger.weights.header import ShardHeader, TensorInfo, plain_weights, read_header
 from loraline.merger.weights.layout import (

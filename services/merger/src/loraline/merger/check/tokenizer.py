@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loraline.core.model_files.tokenizer import SPECIAL_NAMES, TokenizerFiles
 from loraline.merger.check.findings import Finding
-from loraline.merger.check.tokens import SPECIAL_NAMES, TokenizerFiles
 
 UNLOADABLE_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Class names of transformers 5 that older serving libraries cannot import -> the one every version has."""
@@ -117,13 +117,11 @@ def _special(files: TokenizerFiles) -> Iterator[Finding]:
 
 
 def _blank(files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Iterator[Finding]:
-    for file, source in ((TOKENIZER_CONFIG, files.config), ("special_tokens_map.json", files.special_map)):
-        value = source.get("eos_token")
-        if value is not None and not str(value.get("content", "") if isinstance(value, Mapping) else value).strip():
-            right = right_eos(files, config, generation)
-            message = f"eos_token is blank ({value!r}); answers will not end."
-            remedy = f"Set it to {right!r}." if right else "Set it to the token that ends an answer."
-            yield Finding("EOS_TOKEN_BLANK", "error", file, message, remedy, bool(right))
+    for file, value in files.blank_eos():
+        right = right_eos(files, config, generation)
+        message = f"eos_token is blank ({value!r}); answers will not end."
+        remedy = f"Set it to {right!r}." if right else "Set it to the token that ends an answer."
+        yield Finding("EOS_TOKEN_BLANK", "error", file, message, remedy, bool(right))
 
 
 def right_eos(files: TokenizerFiles, config: Mapping[str, Any], generation: Mapping[str, Any]) -> str:

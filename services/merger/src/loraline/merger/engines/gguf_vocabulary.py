@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import LoralineError, unsupported
-from loraline.merger.check.tokens import chat_template, read_tokenizer
+from loraline.core.model_files.tokenizer import read_tokenizer
+from loraline.merger.check.tokens import chat_template
 from loraline.merger.engines.rendering import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

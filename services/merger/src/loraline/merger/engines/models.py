@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.model_files.objects import load_object
 from loraline.merger.adapter import WEIGHTS_FILE, embedding_rows
-from loraline.merger.json_files import load_object
 from loraline.merger.weights.header import plain_weights, read_header
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
-from loraline.merger.json_files import load_object
+from loraline.core.model_files.objects import load_object
 from loraline.merger.weights.header import ShardHeader, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"

@@ -1,0 +1,1 @@
+"""The files of a model folder, read as data: nothing is loaded, nothing runs, whoever wrote them."""
