@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
@@ -14,6 +15,7 @@ _FEWEST_STEPS = 20
 _MOST_PASSES = 30
 _VALUES_A_ROW = 8
 """A rank above so many times the rows has far more weights than there is to learn."""
+_VALIDATE = "Give a dataset with validation.jsonl, or set validation_fraction (0.05, for example)."
 
 
 def doubts(spec: TrainingSpec, rows: int, steps: int) -> Iterator[pb.PlanCheck]:
@@ -42,6 +44,41 @@ def doubts(spec: TrainingSpec, rows: int, steps: int) -> Iterator[pb.PlanCheck]:
         yield _doubt("RANK_ABOVE_ROWS", text, "Take a lower rank, such as 16.")
 
 
-def _doubt(code: str, message: str, remedy: str) -> pb.PlanCheck:
-    severity = job_pb2.SEVERITY_WARNING
+def unused(request: pb.TrainRequest, *, own_validation: int, validation: int) -> Iterator[pb.PlanCheck]:
+    """Yield settings that mean nothing, or are overridden, beside the others; `validation` rows there will be.
+
+    `own_validation` rows of them come with the datasets. Early stopping without any ends the run, which is an error.
+    """
+    p = request.parameters
+    if p.early_stopping_patience and not validation:
+        text = "early_stopping_patience is set, and there are no validation rows: the run would be refused."
+        yield _doubt("NOTHING_TO_EVALUATE", text, _VALIDATE, job_pb2.SEVERITY_ERROR)
+    elif p.eval_steps and not validation:
+        text = "eval_steps is set, and there are no validation rows: nothing will be evaluated."
+        yield _doubt("NOTHING_TO_EVALUATE", text, _VALIDATE)
+    if request.validation_fraction and own_validation:
+        text = f"validation_fraction is not used: the datasets bring {own_validation} validation rows of their own."
+        yield _doubt("VALIDATION_FRACTION_UNUSED", text, "Leave it out, or take datasets without validation.jsonl.")
+    if p.save_steps and p.early_stopping_patience and p.save_steps != p.eval_steps:
+        text = "save_steps is not used beside early_stopping_patience: a checkpoint is saved at each evaluation."
+        yield _doubt("SAVE_STEPS_UNUSED", text, "Set parameters.eval_steps to it, or leave it out.")
+    if p.max_truncated_share and p.length_policy not in (pb.LENGTH_POLICY_TRUNCATE, pb.LENGTH_POLICY_DROP):
+        text = "max_truncated_share is not used: it bounds LENGTH_POLICY_TRUNCATE, and warns under LENGTH_POLICY_DROP."
+        yield _doubt("TRUNCATED_SHARE_UNUSED", text, "Set parameters.length_policy to TRUNCATE, or leave it out.")
+
+
+def above_model(wanted: int, config: Mapping[str, Any]) -> Iterator[pb.PlanCheck]:
+    """Yield a warning when `wanted` tokens, 0 for the default, are more than the base takes by its config.json."""
+    inner = config.get("text_config")
+    limit = config.get("max_position_embeddings") or (
+        inner.get("max_position_embeddings") if isinstance(inner, dict) else 0
+    )
+    if isinstance(limit, int) and 0 < limit < wanted:
+        text = f"max_length is {wanted}, and the base takes {limit} tokens: {limit} is what counts."
+        yield _doubt("MAX_LENGTH_ABOVE_MODEL", text, f"Set parameters.max_length to {limit} or less.")
+
+
+def _doubt(
+    code: str, message: str, remedy: str, severity: job_pb2.Severity.ValueType = job_pb2.SEVERITY_WARNING
+) -> pb.PlanCheck:
     return pb.PlanCheck(code=code, severity=severity, passed=False, message=message, remedy=remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from loraline.core.serving.component import Platform
 from loraline.trainer import hub_base
 from loraline.trainer.base_models import check_end, check_folder, weight_files
 from loraline.trainer.config import TrainerSettings
-from loraline.trainer.doubts import doubts
+from loraline.trainer.doubts import above_model, doubts, unused
 from loraline.trainer.hardware import look
 from loraline.trainer.init_adapter import with_start
 from loraline.trainer.memory_estimate import estimate
 from loraline.trainer.published import published_checkpoints
+from loraline.trainer.quantization import check_quantization
 from loraline.trainer.reporting import check_reporters
 from loraline.trainer.rows import LoadedDataset, load_dataset, mix
 from loraline.trainer.runs import refuse_existing
@@ -39,8 +40,9 @@ def plan(
     request = _attempt(checks, "INIT_ADAPTER", "", lambda: with_start(request, platform.library)) or request
     answer = pb.PlanRunResponse(resolved=resolve(request))
     spec = _attempt(checks, "PARAMETERS", "The parameters are sound.", lambda: training_spec(request))
-    if spec is not None and spec.report_to:
+    if spec is not None:
         _attempt(checks, "REPORT_TO", "", lambda: check_reporters(spec.report_to))
+        _attempt(checks, "PARAMETERS", "", lambda: check_quantization(spec.quantization))
     refusal = refuse_existing(
         answer.resolved,
         jobs,
@@ -54,8 +56,9 @@ def plan(
         rows = _count(datasets, request, spec, answer, checks, processes)
         checks.extend(doubts(spec, rows, answer.total_steps))
     config = _attempt(checks, "BASE_MODEL", "", lambda: _base(request, platform, settings, answer, checks)) or {}
+    checks.extend(above_model(request.parameters.max_length, config))
     if spec is not None:
-        checks.append(_hardware(config, spec, answer))
+        checks.extend(_hardware(config, spec, answer))
     vocabulary = config.get("vocab_size")
     problems = servability_problems(request, vocab_size=vocabulary if isinstance(vocabulary, int) else 0)
     if problems:
@@ -121,6 +124,8 @@ def _count(
         check.passed, check.severity = False, job_pb2.SEVERITY_WARNING
         check.remedy = "So few rows are learned by heart rather than generalised; add rows."
     checks.append(check)
+    own = sum(len(loaded.validation) for loaded in datasets)
+    checks.extend(unused(request, own_validation=own, validation=len(mixture.validation)))
     return rows
 
 
@@ -165,7 +170,7 @@ def _shape(config: Mapping[str, Any], weights_bytes: int) -> str:
     return f"{config.get('model_type', 'model')}, {weights_bytes / 1e6:.1f} MB of weights."
 
 
-def _hardware(config: Mapping[str, Any], spec: TrainingSpec, answer: pb.PlanRunResponse) -> pb.PlanCheck:
+def _hardware(config: Mapping[str, Any], spec: TrainingSpec, answer: pb.PlanRunResponse) -> Iterator[pb.PlanCheck]:
     """Compare what the run needs with what the machine has, and fill in the estimate."""
     machine = look()
     place, room = (f"GPU {machine.gpu}", machine.gpu_memory) if machine.gpu else ("the CPU's memory", machine.memory)
@@ -178,16 +183,17 @@ def _hardware(config: Mapping[str, Any], spec: TrainingSpec, answer: pb.PlanRunR
     facts = (
         f"About {needed / 1e9:.2f} GB needed, {room / 1e9:.1f} GB on {place}." if needed and room else f"On {place}."
     )
-    if needed and room and needed > room:
+    if room and needed > room:
         remedy = (
             "In this order: lower parameters.max_length, lower parameters.batch_size and raise parameters.grad_accum "
             "by as much, set parameters.gradient_checkpointing, set parameters.quantization QUANTIZATION_NF4."
         )
-        return _warning("MEMORY", facts, remedy)
+        yield _warning("MEMORY", facts, remedy)
     if not machine.gpu:
         remedy = "A CPU trains toy models; for others take a machine with a GPU."
-        return _warning("NO_GPU", f"There is no GPU. {facts}", remedy)
-    return _passed("HARDWARE", facts)
+        yield _warning("NO_GPU", f"There is no GPU. {facts}", remedy)
+    elif not (room and needed > room):
+        yield _passed("HARDWARE", facts)
 
 
 def _warning(code: str, message: str, remedy: str) -> pb.PlanCheck:
