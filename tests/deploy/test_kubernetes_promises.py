@@ -349,8 +349,6 @@ def test_the_network_lets_the_real_flows_through_and_nothing_else(overlay: Any) 
             wanted.add(("prometheus", stage, 9600))
         if traced:
             wanted |= {(stage, "collector", 4317), (stage, "collector", 4318)}
-    if watched and not external:
-        wanted.add(("prometheus", "minio", 9000))
     ports = (53, 80, 443, 4317, 4318, 5432, 7600, 8000, 9000, 9600)
     inside = [name for name, place in places.items() if place[0] == "loraline"]
     found = {
