@@ -70,7 +70,14 @@ def _messages(value: list[Any], name: str) -> Messages | str:
             return f"has no known role in {name}[{position}]"
         if not isinstance(message.get("content"), str):
             return f"has no text as content in {name}[{position}]"
+        if calls := calls_of(message):
+            return f"has {calls}, which would not be learned, in {name}[{position}]"
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def calls_of(message: dict[str, Any]) -> str:
+    """Return the key under which a message calls tools, which nothing here learns; empty where it calls none."""
+    return next((key for key in ("tool_calls", "function_call") if message.get(key)), "")
 
 
 def _said(text: str) -> dict[str, str]:

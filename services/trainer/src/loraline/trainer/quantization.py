@@ -1,4 +1,4 @@
-"""Whether bitsandbytes is here to hold a base in 4 or 8 bits. No torch: that it works is tried where a base is loaded."""
+"""Whether bitsandbytes is here to hold a base in 4 or 8 bits. No torch: it is tried where a base is loaded."""
 
 from __future__ import annotations
 

@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument
-from loraline.trainer.preference_rows import is_pair, parse_pair
+from loraline.trainer.preference_rows import calls_of, is_pair, parse_pair
 
 ROLES = ("system", "user", "assistant", "tool")
+_OTHER_FORMATS = (
+    ("conversations",),
+    ("conversation",),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("input", "output"),
+)
+"""Keys of rows that datagen converts: ShareGPT, Alpaca, and pairs of question and answer under other names."""
+_INSTEAD = "in place of messages"
 _NAMED_ROWS = 10
 
 
@@ -87,7 +100,10 @@ def load_rows(file: Path, label: str = "", *, pairs: bool = False) -> list[Row]:
             else:
                 rows.append(Row(source, *parsed))
     if problems:
-        raise rows_error("DATASET_ROWS_INVALID", "cannot be trained on", problems)
+        what = "cannot be trained on"
+        if any(problem.endswith(_INSTEAD) for problem in problems.values()):
+            what += " before datagen has made messages of them (ConvertDataset, or `convert` in a pipeline file)"
+        raise rows_error("DATASET_ROWS_INVALID", what, problems)
     return rows
 
 
@@ -113,7 +129,7 @@ def _parse(line: bytes, *, pairs: bool) -> tuple[list[dict[str, str]], list[dict
         return parse_pair(content)
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list) or not messages:
-        return "is a preference pair, which OBJECTIVE_DPO learns from" if is_pair(content) else "has no messages"
+        return "is a preference pair, which OBJECTIVE_DPO learns from" if is_pair(content) else _instead(content)
     for position, message in enumerate(messages):
         problem = _problem(message)
         if problem:
@@ -123,11 +139,20 @@ def _parse(line: bytes, *, pairs: bool) -> tuple[list[dict[str, str]], list[dict
     return [{"role": message["role"], "content": message["content"]} for message in messages], None
 
 
+def _instead(content: Any) -> str:
+    """Return what a row has in place of messages."""
+    keys = content.keys() if isinstance(content, dict) else ()
+    found = next((names for names in _OTHER_FORMATS if all(name in keys for name in names)), None)
+    return f"has {' and '.join(found)} {_INSTEAD}" if found else "has no messages"
+
+
 def _problem(message: Any) -> str:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         return "no known role"
     if not isinstance(message.get("content"), str):
         return "no text as content"
+    if calls := calls_of(message):
+        return f"{calls}, which would not be learned,"
     return "an empty answer" if message["role"] == "assistant" and not message["content"].strip() else ""
 
 
