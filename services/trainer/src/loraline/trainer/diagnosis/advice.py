@@ -35,27 +35,39 @@ def _patch(judgement: Judgement, history: History, now: pb.TrainingParameters) -
     if verdict == pb.VERDICT_DATA_BUG:
         return {"max_length": min(now.max_length * 2, 1048576)} if "NO_TRAINED_TOKENS" in codes else {}
     if verdict == pb.VERDICT_OVERFIT:
-        return {"epochs": _best_epochs(history, now.epochs), "lora": {"dropout": 0.05}, "early_stopping_patience": 3}
+        length: dict[str, object] = (
+            {"max_steps": _best_step(history)} if now.max_steps else {"epochs": _best_epochs(history, now.epochs)}
+        )
+        return {**length, "lora": {"dropout": 0.05}, "early_stopping_patience": 3}
     if verdict in (pb.VERDICT_UNDERTRAINED, pb.VERDICT_FAIR):
         return _more_training(codes, now)
     return {}
 
 
 def _more_training(codes: set[str], now: pb.TrainingParameters) -> dict[str, object]:
-    if now.max_steps:
-        return {"max_steps": now.max_steps * 2}
-    if "STILL_FALLING" in codes:
-        return {"epochs": float(math.ceil(now.epochs * 2))}
-    # It has settled too high: longer would not help, more room does.
-    rank = min(now.lora.r * 2, _HIGHEST_RANK)
-    return {"epochs": float(math.ceil(now.epochs * 1.5)), "lora": {"r": rank, "alpha": 2.0 * rank}}
+    settled = "STILL_FALLING" not in codes
+    factor = 1.5 if settled else 2
+    # Where steps are asked for, epochs mean nothing.
+    patch: dict[str, object] = (
+        {"max_steps": math.ceil(now.max_steps * factor)}
+        if now.max_steps
+        else {"epochs": float(math.ceil(now.epochs * factor))}
+    )
+    if settled:  # too high: longer alone would not help, more room does
+        rank = min(now.lora.r * 2, _HIGHEST_RANK)
+        patch["lora"] = {"r": rank, "alpha": 2.0 * rank}
+    return patch
 
 
 def _best_epochs(history: History, epochs: float) -> float:
     """Return the epochs after which the evaluation loss was lowest, at least one."""
-    best_step = min(history.evaluations, key=lambda entry: entry[1])[0]
     last_step = max(history.points[-1].step, 1)
-    return float(max(1, math.ceil((history.epochs or epochs) * best_step / last_step)))
+    return float(max(1, math.ceil((history.epochs or epochs) * _best_step(history) / last_step)))
+
+
+def _best_step(history: History) -> int:
+    """Return the step at which the evaluation loss was lowest, at least 1."""
+    return max(1, min(history.evaluations, key=lambda entry: entry[1])[0])
 
 
 def _rate(rate: float) -> float:

@@ -35,9 +35,11 @@ _LOOKS: tuple[Callable[[History, Facts], Sign | None], ...] = (
     signs.spikes,
     run_signs.few_rows,
     run_signs.length_losses,
+    run_signs.repeated_prompt,
     signs.evaluation,
     run_signs.answers,
     run_signs.probes,
+    run_signs.files,
 )
 # The first verdict of these that a failed sign gives is the run's.
 _ORDER = (

@@ -9,6 +9,8 @@ from loraline.trainer.diagnosis.sign import Facts, Sign
 _ADVISED_ROWS = 500
 _SHIFT = 0.05
 """Nats; below it, base and adapter differ by no more than kernels do."""
+_SAME_TOKENS, _SAME_SHARE = 16, 0.3
+"""Tokens that all rows begin with, and their share of all tokens, above which they are more than a template's own."""
 
 
 def end_not_taught(history: History, facts: Facts) -> Sign | None:
@@ -65,3 +67,28 @@ def few_rows(history: History, facts: Facts) -> Sign | None:
         return Sign("ROWS", True, f"There are {rows} rows.")
     text = f"There are {rows} rows; {_ADVISED_ROWS} to 1000 or more make a character that answers to the point."
     return Sign("FEW_ROWS", False, text, "Add rows (loraline run with a generate stage), varied in prompts.")
+
+
+def repeated_prompt(history: History, facts: Facts) -> Sign | None:
+    """A system prompt that every row repeats."""
+    rows = {tuple(row.token_ids) for row in facts.first_batch}
+    if len(rows) < 3:
+        return None
+    same = next((at for at, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+    share = same * len(rows) / sum(map(len, rows))
+    if same < _SAME_TOKENS or share < _SAME_SHARE:
+        return Sign("PROMPTS_VARY", True, "The rows shown first do not repeat one long system prompt.")
+    text = f"All rows shown first begin with the same {same} tokens, {share:.0%} of what is computed: a system prompt."
+    remedy = "Shorten it, or leave it out of most rows; what stays in them must be sent with every question later."
+    return Sign("PROMPT_REPEATED", False, text, remedy)
+
+
+def files(history: History, facts: Facts) -> Sign | None:
+    """Whether everything that a finished run should leave is there."""
+    if facts.published is None:
+        return None
+    if facts.missing:
+        text = f"The run has ended, and its result lacks {', '.join(facts.missing)}."
+        return Sign("FILES_MISSING", False, text, "Run it again with existing_run CONTINUE.")
+    text = f"{facts.published} is published whole, with its token receipt and its probes."
+    return Sign("FILES_COMPLETE", True, text)

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.artifacts.refs import format_ref
 from loraline.trainer.diagnosis.history import History
 
 PHASES = {
     **dict.fromkeys(("NO_TRAINED_TOKENS", "EOS_NEVER_TAUGHT", "EOS_TAUGHT", "FEW_ROWS"), pb.RUN_PHASE_BEFORE),
     **dict.fromkeys(("ROWS", "ROWS_CUT", "NOTHING_CUT", "NO_EVALUATION"), pb.RUN_PHASE_BEFORE),
+    **dict.fromkeys(("PROMPT_REPEATED", "PROMPTS_VARY"), pb.RUN_PHASE_BEFORE),
     **dict.fromkeys(("LOSS_NOT_FINITE", "LOSS_RISES", "LOSS_FLAT", "LOSS_ZERO_FROM_START"), pb.RUN_PHASE_DURING),
     **dict.fromkeys(("UNSTEADY", "STEADY", "GRADIENT_SPIKES", "RESTARTED", "STARTED_ANEW"), pb.RUN_PHASE_DURING),
-    **dict.fromkeys(("STILL_FALLING", "SETTLED", "EVAL_LOSS_RISES"), pb.RUN_PHASE_DURING),
+    **dict.fromkeys(("STILL_FALLING", "SETTLED", "EVAL_LOSS_RISES", "CONTINUED"), pb.RUN_PHASE_DURING),
     **dict.fromkeys(("FINAL_LOSS", "TOKEN_ACCURACY", "EVAL_LOSS", "UNDERFIT"), pb.RUN_PHASE_AFTER),
     **dict.fromkeys(("ANSWERS_UNCHANGED", "ANSWERS_CHANGED", "PROBES_UNMOVED", "PROBES_MOVED"), pb.RUN_PHASE_AFTER),
+    **dict.fromkeys(("FILES_COMPLETE", "FILES_MISSING"), pb.RUN_PHASE_AFTER),
 }
 """The checklists as data: what is looked at before, during and after a run, by code."""
 
@@ -40,6 +43,12 @@ class Facts:
     probe_shift: float | None = None
     """Greatest difference of a token's log-probability between base and adapter, in nats."""
     rank: int = 0
+    first_batch: Sequence[pb.BatchRow] = ()
+    """What the model was shown first."""
+    published: str | None = None
+    """Reference of the adapter or the model that a finished run published; None while it is not known."""
+    missing: Sequence[str] = ()
+    """What a finished run's result lacks of what it should have left."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Sign:
 def facts_of(result: pb.TrainResult, *, earlier: Sequence[History] = (), rank: int = 0) -> Facts:
     """Return what a finished run's result says besides its curve."""
     receipt, probes = result.receipt, result.probes
+    made = result.model if result.HasField("model") else result.adapter
+    left = {"weights in the store": made.digest, "a token receipt": receipt.rows, "probes": probes.probes}
     return Facts(
         rows=receipt.rows,
         unique_rows=receipt.unique_rows,
@@ -74,4 +85,7 @@ def facts_of(result: pb.TrainResult, *, earlier: Sequence[History] = (), rank: i
         samples=list(result.samples),
         probe_shift=probes.max_abs_logprob_shift if probes.probes else None,
         rank=rank,
+        first_batch=list(result.first_batch),
+        published=format_ref(made) if made.name else "",
+        missing=[what for what, there in left.items() if not there],
     )

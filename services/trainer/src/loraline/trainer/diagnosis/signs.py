@@ -204,6 +204,8 @@ def started_anew(history: History, facts: Facts) -> Sign | None:
             )
             remedy = "If it should have gone on from there, start it with existing_run CONTINUE."
             return Sign("STARTED_ANEW", False, text, remedy)
+    if facts.resumed_from:
+        return Sign("CONTINUED", True, f"The run went on from {facts.resumed_from} and did not begin anew.")
     return None
 
 

@@ -1,0 +1,95 @@
+"""Signs from what a run leaves besides its curve, and advice for runs that count in steps."""
+
+from __future__ import annotations
+
+import math
+
+from loraline.api.artifact.v1 import artifact_pb2 as ap
+from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.trainer.diagnosis.advice import config_patch
+from loraline.trainer.diagnosis.history import History, Point
+from loraline.trainer.diagnosis.judging import judge
+from loraline.trainer.diagnosis.sign import Facts, Sign, facts_of
+from loraline.trainer.spec import resolve
+
+STEADY = History(tuple(Point(step, 0.2, 0.96, 1e-4, 1.0) for step in range(1, 31)))
+OVERFIT = History(
+    tuple(Point(step, 2.0 * math.exp(-step / 15), 0.96) for step in range(1, 101)),
+    tuple((step, 1.0 + abs(step - 40) / 50) for step in range(10, 101, 10)),
+    epochs=10.0,
+)
+SETTLED = History(tuple(Point(step, 0.8 + 2.0 * math.exp(-step / 8), 0.7) for step in range(1, 101)))
+
+
+def signs(facts: Facts, history: History = STEADY) -> dict[str, Sign]:
+    return {sign.code: sign for sign in judge(history, facts).signs}
+
+
+def batch(prefix: int, tail: int, rows: int = 4) -> list[pb.BatchRow]:
+    """Rows that begin with the same tokens and go on with others."""
+    return [pb.BatchRow(token_ids=[*range(prefix), *(900 + row + at for at in range(tail))]) for row in range(rows)]
+
+
+def test_a_system_prompt_in_every_row_is_remarked() -> None:
+    found = signs(Facts(first_batch=batch(60, 40)))
+    assert "PROMPTS_VARY" not in found and not found["PROMPT_REPEATED"].passed
+    assert "same 60 tokens" in found["PROMPT_REPEATED"].message and "60%" in found["PROMPT_REPEATED"].message
+    # It carries no loss, so that it does not change the verdict.
+    assert judge(STEADY, Facts(first_batch=batch(60, 40))).verdict == pb.VERDICT_GOOD
+
+
+def test_what_a_template_begins_every_row_with_is_no_system_prompt() -> None:
+    for rows in (batch(8, 10), batch(20, 200)):
+        assert "PROMPT_REPEATED" not in signs(Facts(first_batch=rows))
+        assert signs(Facts(first_batch=rows))["PROMPTS_VARY"].passed
+    # Of one row, or of one row again and again, nothing can be said.
+    for rows in ([], batch(60, 40, rows=1), batch(60, 40, rows=1) * 5):
+        assert not {"PROMPT_REPEATED", "PROMPTS_VARY"} & set(signs(Facts(first_batch=rows)))
+
+
+def test_going_on_is_on_the_checklist() -> None:
+    went_on = signs(Facts(resumed_from="checkpoint-30"))["CONTINUED"]
+    assert went_on.passed and "checkpoint-30" in went_on.message and went_on.phase == pb.RUN_PHASE_DURING
+    assert "CONTINUED" not in signs(Facts())
+    # One that says it went on but whose loss is back at its start did not.
+    back = History(
+        (*(Point(step, 3.0 * 0.8**step) for step in range(15)), *(Point(step, 3.0) for step in range(15, 30)))
+    )
+    assert {"RESTARTED"} == {"RESTARTED", "CONTINUED"} & set(signs(Facts(resumed_from="checkpoint-15"), back))
+
+
+def result() -> pb.TrainResult:
+    made = ap.ArtifactRef(kind=ap.ARTIFACT_KIND_ADAPTER, name="mareva", version=3, digest="sha256:00")
+    answer = pb.TrainResult(adapter=made, first_batch=batch(60, 40))
+    answer.receipt.rows, answer.receipt.trained_tokens, answer.probes.probes = 600, 9000, 8
+    answer.probes.max_abs_logprob_shift = 2.0
+    return answer
+
+
+def test_what_was_published_is_on_the_checklist() -> None:
+    whole = signs(facts_of(result()))
+    assert whole["FILES_COMPLETE"].passed and "adapter/mareva:v3" in whole["FILES_COMPLETE"].message
+    assert whole["FILES_COMPLETE"].phase == pb.RUN_PHASE_AFTER
+    assert "PROMPT_REPEATED" in whole
+    assert not {"FILES_COMPLETE", "FILES_MISSING"} & set(signs(Facts()))
+
+
+def test_what_is_missing_of_it_is_named() -> None:
+    torn = result()
+    torn.ClearField("probes")
+    assert "lacks probes" in signs(facts_of(torn))["FILES_MISSING"].message
+    torn.ClearField("adapter")
+    assert "lacks weights in the store, probes" in signs(facts_of(torn))["FILES_MISSING"].message
+
+
+def test_advice_for_a_run_that_counts_steps_is_in_steps() -> None:
+    """max_steps overrides epochs: a patch of epochs would run as before."""
+    asked = pb.TrainRequest(parameters=pb.TrainingParameters(max_steps=100))
+    now = resolve(asked).parameters
+    overfit = config_patch(judge(OVERFIT), OVERFIT, now)
+    assert judge(OVERFIT).verdict == pb.VERDICT_OVERFIT
+    assert overfit["max_steps"] == 40 and "epochs" not in overfit
+    settled = config_patch(judge(SETTLED), SETTLED, now)
+    assert settled == {"max_steps": 150, "lora": {"r": 32, "alpha": 64.0}}
+    in_epochs = config_patch(judge(OVERFIT), OVERFIT, resolve(pb.TrainRequest()).parameters)
+    assert in_epochs["epochs"] == 4.0 and "max_steps" not in in_epochs
