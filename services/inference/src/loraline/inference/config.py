@@ -52,7 +52,7 @@ class InferenceSettings(BaseSettings):
     max_queued_requests: int = Field(default=1024, ge=0)
     """Answers that may wait for one of these places; further requests are refused with a time to come back."""
     kv_cache_gib: float = Field(default=1.0, gt=0, validation_alias=_names("KV_CACHE_GIB"))
-    """KV cache on a CPU, in GiB (VLLM_CPU_KVCACHE_SPACE, when set, is stronger)."""
+    """KV cache on a CPU, in GiB, such as 0.5 (VLLM_CPU_KVCACHE_SPACE, when set, is stronger)."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1, validation_alias=_names("GPU_MEMORY_UTILIZATION"))
     """Share of a GPU's memory that vLLM takes."""
     tensor_parallel_size: int = Field(default=1, ge=1, validation_alias=_names("TENSOR_PARALLEL_SIZE"))

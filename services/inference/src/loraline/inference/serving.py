@@ -126,6 +126,7 @@ async def start_serving(
         if isinstance(error, LoralineError) or not isinstance(error, Exception):
             raise
         raise diagnoses.failed(choice.name, base.described, error) from error
+    diagnoses.settings_in_force(engine.facts)
     seconds = time.monotonic() - begun
     metrics.load_seconds.observe(seconds)
     _log.info("model_loaded", model=base.described, name=name, seconds=round(seconds, 1), **vars(engine.facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ LEAST_BYTES = GIB
 PACKAGE_LOCKS = tuple(
     Path("/var/lib") / name for name in ("dpkg/lock-frontend", "dpkg/lock", "apt/lists/lock", "apt/archives/lock")
 )
+
+_UNDONE = re.compile(r"^Package: (\S+)$.*?^Status: \S+ \S+ (?:half-configured|half-installed|unpacked)$", re.M | re.S)
 
 
 def check_machine(place: Place) -> Iterator[Finding]:
@@ -69,14 +72,33 @@ def disk(folder: Path) -> Finding:
     return Finding("disk", "warning" if free >= LEAST_BYTES else "failed", said, "DISK_FULL")
 
 
-def package_manager(locks: Sequence[Path] = PACKAGE_LOCKS, table: Path = Path("/proc/locks")) -> Finding:
-    """Tell whether apt or dpkg is at work, and which process that is."""
+def package_manager(
+    locks: Sequence[Path] = PACKAGE_LOCKS, table: Path = Path("/proc/locks"), dpkg: Path = Path("/var/lib/dpkg")
+) -> Finding:
+    """Tell whether apt or dpkg is at work, and which process that is, or whether it was stopped in the middle."""
     held = [(lock, pid) for lock in locks for pid in _holders(lock, table)]
     if not held:
+        left = _left_undone(dpkg)  # while a process is at work that is as it should be
+        if left:
+            return Finding("package manager", "warning", left, "PACKAGE_MANAGER_INTERRUPTED")
         return ok("package manager", "nobody holds the locks of apt and dpkg")
     lock, pid = held[0]
     said = f"{lock} is held by process {pid} ({process_name(pid) or 'of another container'})"
     return Finding("package manager", "warning", said, "PACKAGE_MANAGER_LOCKED")
+
+
+def _left_undone(dpkg: Path) -> str:
+    """Say what an interrupted dpkg left: packages half done in its status file, or a journal that was not taken in."""
+    try:
+        paragraphs = (dpkg / "status").read_text(encoding="utf-8", errors="replace").split("\n\n")
+        journal = [path.name for path in (dpkg / "updates").iterdir() if path.name.isdigit()]
+    except OSError:  # no Debian, or not for this user to read
+        return ""
+    undone = sorted(found[1] for part in paragraphs if (found := _UNDONE.search(part)))
+    if undone:
+        more = f" and {len(undone) - 3} more" if len(undone) > 3 else ""
+        return f"an installation was interrupted: {', '.join(undone[:3])}{more} are not configured"
+    return "an installation was interrupted: dpkg has not taken in its journal" if journal else ""
 
 
 def process_name(pid: int) -> str:

@@ -102,7 +102,7 @@ class EngineOptions:
     """Adapters that one batch may mix; more make the engine copy weights between steps."""
     max_concurrent_requests: int = 64
     kv_cache_gib: float = 1.0
-    """Memory for the KV cache on a CPU, in GiB."""
+    """Memory for the KV cache on a CPU, in GiB; fractions count."""
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     enforce_eager: bool | None = None

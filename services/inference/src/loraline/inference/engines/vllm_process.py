@@ -25,7 +25,6 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def build(folder: Path, options: EngineOptions) -> AsyncLLM:
     """Build the engine; blocking. Environment first: vLLM reads it when it is imported and in its children."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", f"{max(1, round(options.kv_cache_gib))}")
     # Never fork: this process runs gRPC threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -73,7 +72,9 @@ def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> d
     }
     if options.max_model_len:
         arguments["max_model_len"] = options.max_model_len
-    if not on_cpu:
+    if on_cpu:  # in bytes: VLLM_CPU_KVCACHE_SPACE, which stays stronger where it is set, takes only whole GiB
+        arguments["kv_cache_memory_bytes"] = round(options.kv_cache_gib * 1024**3)
+    else:
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
         arguments["tensor_parallel_size"] = options.tensor_parallel_size
     return {**arguments, **options.extra}

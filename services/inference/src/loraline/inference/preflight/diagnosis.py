@@ -12,9 +12,11 @@ from loraline.core.diagnostics import find
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.preflight import Finding, recognised
 from loraline.inference.config import InferenceSettings
+from loraline.inference.engines.port import EngineFacts
 from loraline.inference.preflight.engine import check_engine
 from loraline.inference.preflight.gpu import too_little_memory
 from loraline.inference.readiness import Readiness
+from loraline.inference.unused_settings import not_followed
 
 _log = structlog.get_logger(__name__)
 _MOST_OF_A_CAUSE = 300
@@ -28,6 +30,7 @@ class Diagnoses:
     def __init__(self, settings: InferenceSettings, readiness: Readiness):
         self._settings = settings
         self._readiness = readiness
+        self._told_of: dict[str, str] = {}
         self.findings: list[Finding] = []
         self.lost: Finding | None = None
         """Why the engine of this model was last started again; kept when it runs again, so that people learn of it."""
@@ -47,6 +50,13 @@ class Diagnoses:
             if finding.reason in _HOPELESS:
                 message = f"{described} cannot be loaded with {engine}: {finding.said}"
                 raise failed_precondition("MODEL_LOAD_FAILED", message, engine=engine, cause=finding.reason)
+
+    def settings_in_force(self, facts: EngineFacts) -> None:
+        """Say in the log, once for each, which settings that were given the running engine does not follow."""
+        for name, why in not_followed(self._settings, facts).items():
+            if self._told_of.get(name) != why:
+                self._told_of[name] = why
+                _log.warning("setting_not_followed", setting=name.upper(), said=f"{name.upper()} {why}.")
 
     def known(self) -> list[Finding]:
         """Return the findings, and before them the cause of a load that failed otherwise, where it has an entry."""

@@ -15,7 +15,7 @@ from loraline.core.preflight.finding import ok
 from loraline.core.preflight.machine import port
 from loraline.inference.config import InferenceSettings
 from loraline.inference.engines.amx import has_amx
-from loraline.inference.preflight.gpu import check_gpus, has_gpu, without_gpu
+from loraline.inference.preflight.gpu import check_gpus, cuda_library, cuda_of_torch, has_gpu, without_gpu
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
@@ -34,6 +34,8 @@ def check_engine(settings: InferenceSettings) -> Iterator[Finding]:
     needed = settings.tensor_parallel_size * settings.pipeline_parallel_size
     if on_gpu:
         yield from check_gpus(settings.gpu_memory_utilization, needed)
+        if (built := cuda_of_torch()) is not None:
+            yield cuda_library(built)
     else:
         yield without_gpu()
     yield compiler(on_gpu=on_gpu, eager=bool(settings.enforce_eager))

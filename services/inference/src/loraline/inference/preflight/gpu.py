@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -94,6 +95,39 @@ def cuda_of_torch(folder: Path | None = None) -> tuple[int, int] | None:
         return None
     found = re.search(r"^cuda\b[^=]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def cuda_library(built: tuple[int, int], packages: Path | None = None) -> Finding:
+    """Tell whether the CUDA runtime that torch was built for can be loaded: torch's own, else the system's.
+
+    Loaded in another process: one that is loaded here first would be the one that torch gets.
+    """
+    if packages is None:
+        spec = find_spec("torch")
+        packages = Path(spec.origin).parent.parent if spec is not None and spec.origin is not None else Path()
+    name = f"libcudart.so.{built[0]}" if built[0] > 11 else "libcudart.so.11.0"
+    brought = [*packages.glob(f"nvidia/*/lib/{name}"), *packages.glob(f"torch/lib/libcudart*{name[9:]}")]
+    said = ""
+    for library in [*map(str, brought), name]:
+        said = _not_loadable(library)
+        if not said:
+            return ok("CUDA library", f"{library} is there")
+    return Finding(
+        "CUDA library", "failed", f"torch is built for CUDA {_dotted(built)}: {said}", "CUDA_LIBRARY_MISSING"
+    )
+
+
+def _not_loadable(library: str) -> str:
+    """Return why a shared library cannot be loaded; empty when it can."""
+    load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", load, library], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{library} could not be tried: {error}"
+    last = done.stderr.strip().rpartition("\n")[2].removeprefix("OSError: ")
+    return (last or f"loading {library} ended with {done.returncode}") if done.returncode else ""
 
 
 def _memory(gpu: Gpu, utilization: float) -> Finding:
