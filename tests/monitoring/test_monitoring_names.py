@@ -15,13 +15,13 @@ import yaml
 from boards_platform import INFERENCE, OVERVIEW, PLATFORM
 from catalogue import LABELS, VLLM, Family, families, render
 from dashboards import BOARDS, main
-from queries import fill_in, labels_in, names_in
+from queries import fill_in, labels_of_result, names_in
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_BASE_UNITS = re.compile(r"_(ms|millis|milliseconds|mib|gib|mb|gb|kb|percent|minutes|hours)(_|$)")
-# Prometheus' own, and the labels that scraping and rules add.
-OWN = {"up", "ALERTS"}
-ADDED = {"instance", "job", "service", "le", "alertname", "alertstate", "stage"}
+# The labels that scraping adds, and Prometheus' own series.
+SCRAPED = {"instance", "job", "service"}
+OWN = {"up": SCRAPED, "ALERTS": {*SCRAPED, "alertname", "alertstate", "severity"}}
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +44,84 @@ def _queries() -> Iterator[tuple[str, str]]:
         yield rule.get("alert") or rule["record"], rule["expr"]
 
 
-def test_every_query_parses_and_names_what_is_there(catalogue: list[Family]) -> None:
-    labels_of = {series: {*family.labels, *ADDED} for family in catalogue for series in family.series}
-    recorded = {rule["record"] for rule in _rules() if "record" in rule}
-    known = OWN | recorded | set(labels_of)
+@pytest.fixture(scope="module")
+def labels_of(catalogue: list[Family]) -> dict[str, set[str]]:
+    """Every series that a query may name, recorded ones among them, with the labels that it may carry."""
+    known = {series: {*family.labels, *SCRAPED} for family in catalogue for series in family.series}
+    for family in catalogue:
+        if family.kind == "histogram":
+            known[f"{family.name}_bucket"].add("le")
+    known |= OWN
+    for rule in _rules():
+        if "record" in rule:  # rules stand after those that they read
+            known[rule["record"]] = labels_of_result(rule["expr"], known)
+    return known
+
+
+def test_every_query_names_series_and_labels_that_are_there(labels_of: dict[str, set[str]]) -> None:
     for where, query in _queries():
         names = names_in(query)
-        assert names <= known, f"{where}: no service exports {sorted(names - known)}"
-        if names <= set(labels_of):
-            allowed = set.union(*(labels_of[name] for name in names)) if names else set()
-            assert labels_in(query) <= allowed, f"{where}: no such label {sorted(labels_in(query) - allowed)}"
+        assert names <= set(labels_of), f"{where}: no service exports {sorted(names - set(labels_of))}"
+        try:
+            labels_of_result(query, labels_of)
+        except ValueError as error:
+            pytest.fail(f"{where}: {error}")
+
+
+def test_legends_and_variables_name_labels_of_the_answers(labels_of: dict[str, set[str]]) -> None:
+    for board in BOARDS:
+        for name, series in board.variables.items():
+            assert name in labels_of[series], f"{board.title}: {series} has no label {name} to choose by"
+            assert any(f"${name}" in query for panel in board.panels for query in panel.queries.values()), name
+        for panel in board.panels:
+            for legend, query in panel.queries.items():
+                missing = set(re.findall(r"\{\{(\w+)\}\}", legend)) - labels_of_result(fill_in(query), labels_of)
+                assert not missing, f"{board.title}: {panel.title}: the answers have no {sorted(missing)}"
+            chosen = {name for query in panel.queries.values() for name in re.findall(r"\$(?!__)\{?(\w+)", query)}
+            assert chosen <= set(board.variables), f"{panel.title}: no such variable {chosen - set(board.variables)}"
+
+
+def test_alerts_say_only_labels_that_they_have(labels_of: dict[str, set[str]]) -> None:
+    for rule in _rules():
+        said = set(re.findall(r"\$labels\.(\w+)", str(rule.get("annotations", {}))))
+        missing = said - labels_of_result(rule["expr"], labels_of)
+        assert not missing, f"{rule.get('alert')}: its text would leave {sorted(missing)} empty"
 
 
 def test_a_typo_would_be_seen(catalogue: list[Family]) -> None:
     known = {series for family in catalogue for series in family.series}
     assert not names_in('sum(rate(loraline_inference_request_total{outcome="ok"}[5m]))') <= known
-    assert labels_in('sum by (oops) (rate(x{kindd="y"}[5m])) / on (hm) z') == {"oops", "kindd", "hm"}
     with pytest.raises(ValueError, match="parenthesis"):
         promql_parser.parse("sum(x")
+
+
+@pytest.mark.parametrize(
+    ("query", "wrong"),
+    [
+        ('x{kindd="y"}', "x has no label kindd"),
+        ("sum by (oops) (rate(x[5m]))", "sum has no label oops"),
+        ("sum by (state) (max by (kind) (x))", "sum has no label state"),
+        ("x / on (instance) y", "one side of / has no label instance"),
+        ('label_replace(x, "stage", "$1", "king", "(.*)")', "label_replace has no label king"),
+        ("sum by (le) (histogram_quantile(0.5, x))", "sum has no label le"),
+    ],
+)
+def test_a_label_that_is_not_there_is_named(query: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        labels_of_result(query, {"x": {"kind", "state", "instance", "le"}, "y": {"kind"}})
+
+
+def test_labels_of_answers() -> None:
+    known = {"x": {"kind", "state"}, "up": {"service", "job"}}
+    for query, wanted in {
+        "sum by (kind) (rate(x[5m]))": {"kind"},
+        "sum without (kind) (x)": {"state"},
+        "sum(x) or vector(0)": set(),
+        'label_replace(x, "stage", "$1", "kind", "(.*)")': {"kind", "state", "stage"},
+        'absent(up{service="a",job!="b"})': {"service"},
+        "topk(3, x) > 0.5": {"kind", "state"},
+    }.items():
+        assert labels_of_result(query, known) == wanted, query
 
 
 def test_recorded_series_are_all_used() -> None:
@@ -70,15 +130,14 @@ def test_recorded_series_are_all_used() -> None:
 
 
 def test_names_follow_the_rules_and_no_label_is_without_bound(catalogue: list[Family]) -> None:
+    assert set(LABELS) == {"le"}.union(*(family.labels for family in catalogue)), "labels that nothing carries"
     for family in catalogue:
         assert re.fullmatch(r"(loraline|grpc_server|process|python)_[a-z0-9_]+|vllm:[a-z0-9_]+", family.name), family
         assert set(family.labels) <= set(LABELS), f"{family.name}: say what bounds {family.labels}"
         if not family.name.startswith("loraline_"):
             continue
         assert (family.kind == "counter") == family.name.endswith("_total"), family
-        assert not re.search(r"_(ms|millis|milliseconds|mib|gib|mb|gb|kb|percent|minutes|hours)(_|$)", family.name), (
-            family
-        )
+        assert not NOT_BASE_UNITS.search(family.name), family
         assert family.text.endswith("."), f"{family.name}: the text is no sentence"
         assert not {"job", "job_id", "name", "id", "request_id", "user", "key"} & set(family.labels), family
         assert ("run" in family.labels) == family.name.startswith("loraline_training_"), (

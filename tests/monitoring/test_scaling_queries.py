@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from catalogue import families
-from queries import labels_in, names_in
+from queries import labels_of_result, names_in
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_THE_OPERATOR = {"namespace", "pod", "container", "endpoint", "instance", "job", "service"}
@@ -33,7 +33,7 @@ def test_scaling_queries_name_only_what_is_there() -> None:
     for target, query in queries.items():
         names = names_in(query)
         assert names <= set(known), f"{target}: no service exports {sorted(names - set(known))}"
-        assert labels_in(query) <= set.union(*(known[name] for name in names)), target
+        labels_of_result(query, known)
 
 
 CASES: list[tuple[str, dict[str, str], float]] = [

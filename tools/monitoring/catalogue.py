@@ -41,7 +41,6 @@ LABELS = {
     "implementation": "of Python",
     "kind": "kinds of job (ten), or what was written: `merge`, `export`",
     "le": "bounds of a histogram",
-    "lora": "adapters in the engine",
     "major": "of Python",
     "max_lora": "places for adapters",
     "minor": "of Python",

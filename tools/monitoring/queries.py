@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import promql_parser as promql
 
@@ -36,24 +38,69 @@ def _visit(node: object, names: set[str]) -> None:
         _visit(child, names)
 
 
-def labels_in(query: str) -> set[str]:
-    """Return the names of labels that a query selects, groups or joins by, without those that label_replace makes."""
-    found: set[str] = set()
-    _visit_labels(promql.parse(query), found)
-    return found
+def labels_of_result(query: str, labels_of: Mapping[str, set[str]]) -> set[str]:
+    """Return the labels that a query's answers may carry, `labels_of` being those of each series by its name.
+
+    ValueError names a label that a selector, `by` or `on` asks for where the series has none of it; KeyError names a
+    series that is not in `labels_of`.
+    """
+    return _result(promql.parse(query), labels_of)
 
 
-def _visit_labels(node: object, found: set[str]) -> None:
-    if isinstance(node, promql.VectorSelector):
-        found.update(matcher.name for matcher in node.matchers.matchers if matcher.name != "__name__")
-        return
-    if isinstance(node, promql.AggregateExpr) and node.modifier is not None:
-        found.update(node.modifier.labels)
-    if isinstance(node, promql.BinaryExpr) and node.modifier is not None and node.modifier.matching is not None:
-        found.update(node.modifier.matching.labels)
-    for attribute in ("expr", "lhs", "rhs", "vector_selector", "param"):
-        child = getattr(node, attribute, None)
-        if child is not None:
-            _visit_labels(child, found)
-    for child in getattr(node, "args", None) or ():
-        _visit_labels(child, found)
+def _result(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
+    for kind, answer in _KINDS.items():
+        if isinstance(node, kind):
+            return answer(node, labels_of)
+    inner = getattr(node, "vector_selector", None) or getattr(node, "expr", None)  # a range, parentheses, a subquery
+    return _result(inner, labels_of) if inner is not None else set()  # else a number or a string
+
+
+def _of_selector(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
+    name = node.name or next((m.value for m in node.matchers.matchers if m.name == "__name__"), "")
+    _refuse({m.name for m in node.matchers.matchers} - {"__name__"} - labels_of[name], name)
+    return set(labels_of[name])
+
+
+def _refuse(missing: set[str], where: str) -> None:
+    if missing:
+        raise ValueError(f"{where} has no label {', '.join(sorted(missing))}")
+
+
+def _of_aggregate(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
+    inner, modifier = _result(node.expr, labels_of), node.modifier
+    if str(node.op) in ("topk", "bottomk"):
+        return inner
+    if modifier is None:
+        return set()
+    named = set(modifier.labels)
+    _refuse(named - inner, str(node.op))
+    return named if modifier.type == promql.AggModifierType.By else inner - named
+
+
+def _of_two(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
+    left, right = _result(node.lhs, labels_of), _result(node.rhs, labels_of)
+    matching = node.modifier.matching if node.modifier is not None else None
+    if matching is not None and matching.type == promql.LabelModifierType.Include:
+        _refuse(set(matching.labels) - (left & right), f"one side of {node.op}")
+    return left | right if str(node.op) == "or" else left or right
+
+
+def _of_call(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
+    name, given = node.func.name, list(node.args)
+    if name == "label_replace":
+        source = given[3].val
+        inner = _result(given[0], labels_of)
+        _refuse({source} - inner, name)
+        return inner | {given[1].val}
+    found = set[str]().union(*(_result(one, labels_of) for one in given))
+    if name == "absent":
+        return {m.name for m in given[0].matchers.matchers if m.op == promql.MatchOp.Equal} - {"__name__"}
+    return found - {"le"} if name == "histogram_quantile" else found
+
+
+_KINDS: dict[Any, Callable[[Any, Mapping[str, set[str]]], set[str]]] = {
+    promql.VectorSelector: _of_selector,
+    promql.AggregateExpr: _of_aggregate,
+    promql.BinaryExpr: _of_two,
+    promql.Call: _of_call,
+}
