@@ -135,6 +135,28 @@ def test_prometheus_scrapes_every_stage(compose: dict[str, Any]) -> None:
     assert "alertmanager:9093" in alerting
 
 
+def test_trainer_and_inference_get_shared_memory(compose: dict[str, Any]) -> None:
+    for stage in ("trainer", "inference"):
+        size = with_defaults(compose["services"][stage]["shm_size"])
+        # Docker's own 64 MB end data loaders of torch and the workers of vLLM.
+        assert re.fullmatch(r"[1-9]\d*g", size), f"{stage}: {size}"
+
+
+def test_grafana_finds_its_dashboards_and_sources(compose: dict[str, Any]) -> None:
+    provisioning = ROOT / "deploy/grafana/provisioning"
+    mounts = dict(mount.split(":")[:2] for mount in compose["services"]["grafana"]["volumes"])
+    (provider,) = yaml.safe_load((provisioning / "dashboards/loraline.yml").read_text())["providers"]
+    assert provider["folder"] == "Loraline"
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning", "where Grafana looks"
+    sources = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    assert [source["name"] for source in sources if source.get("isDefault")] == ["Prometheus"]
+    for source in sources:
+        host, _, port = source["url"].removeprefix("http://").partition(":")
+        listens = {with_defaults(entry).rpartition(":")[2] for entry in compose["services"][host]["ports"]}
+        assert port in listens, f"{source['name']}: {host} does not listen on {port}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_containers_get_longer_to_stop_than_a_checkpoint(compose: dict[str, Any], stage: str) -> None:
     service = compose["services"][stage]
