@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -203,9 +204,9 @@ def test_a_loss_that_is_no_number_ends_the_run(dataset: Path, tmp_path: Path) ->
 def test_quantisation_that_is_asked_for_but_missing_is_refused(
     small_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any
 ) -> None:
-    find = loading.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        loading.importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
     )
     with pytest.raises(LoralineError) as caught:
         training.run(inputs(small_base, dataset), spec(quantization=quantization), tmp_path, Watcher())

@@ -15,6 +15,10 @@ def job_metrics(registry: CollectorRegistry) -> dict[str, Counter]:
     counters = {
         "steps": ("Optimizer steps made.", ()),
         "oom_recoveries": ("Times that a run went on with less memory after it had run out.", ()),
+        "quantization_fallbacks": (
+            "Runs that AUTO trained unquantised on a GPU short of memory, as bitsandbytes is missing or does not work.",
+            (),
+        ),
         "checkpoints": (
             "Checkpoints by result: saved, torn (found damaged), published (sent to the store), unpublished.",
             ("result",),
