@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
 
 from loraline.api.artifact.v1 import artifact_pb2 as ap
+from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.errors import LoralineError
+from loraline.trainer import checkpoints
+from loraline.trainer.continuing import checkpoints_folder
 from loraline.trainer.diagnosis.advice import config_patch
-from loraline.trainer.diagnosis.history import History, Point
+from loraline.trainer.diagnosis.history import History, Point, to_curve
 from loraline.trainer.diagnosis.judging import judge
 from loraline.trainer.diagnosis.sign import Facts, Sign, facts_of
-from loraline.trainer.spec import resolve
+from loraline.trainer.diagnosis.subject import diagnose, from_jobs
+from loraline.trainer.spec import resolve, training_spec
 
 STEADY = History(tuple(Point(step, 0.2, 0.96, 1e-4, 1.0) for step in range(1, 31)))
 OVERFIT = History(
@@ -27,7 +37,11 @@ def signs(facts: Facts, history: History = STEADY) -> dict[str, Sign]:
 
 def batch(prefix: int, tail: int, rows: int = 4) -> list[pb.BatchRow]:
     """Rows that begin with the same tokens and go on with others."""
-    return [pb.BatchRow(token_ids=[*range(prefix), *(900 + row + at for at in range(tail))]) for row in range(rows)]
+    found = []
+    for row in range(rows):
+        ids = [*range(prefix), *(900 + row + at for at in range(tail))]
+        found.append(pb.BatchRow(token_ids=ids, tokens=["a"] * len(ids), trained=[False] * len(ids), length=len(ids)))
+    return found
 
 
 def test_a_system_prompt_in_every_row_is_remarked() -> None:
@@ -62,6 +76,7 @@ def result() -> pb.TrainResult:
     made = ap.ArtifactRef(kind=ap.ARTIFACT_KIND_ADAPTER, name="mareva", version=3, digest="sha256:00")
     answer = pb.TrainResult(adapter=made, first_batch=batch(60, 40))
     answer.receipt.rows, answer.receipt.trained_tokens, answer.probes.probes = 600, 9000, 8
+    answer.receipt.rows_teaching_eos = 600
     answer.probes.max_abs_logprob_shift = 2.0
     return answer
 
@@ -93,3 +108,54 @@ def test_advice_for_a_run_that_counts_steps_is_in_steps() -> None:
     assert settled == {"max_steps": 150, "lora": {"r": 32, "alpha": 64.0}}
     in_epochs = config_patch(judge(OVERFIT), OVERFIT, resolve(pb.TrainRequest()).parameters)
     assert in_epochs["epochs"] == 4.0 and "max_steps" not in in_epochs
+
+
+PAIRS = History(tuple(Point(step, 0.69 * math.exp(-step / 60), 0.4, 2e-5, 1.0) for step in range(60)))
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"), [(0.95, pb.VERDICT_GOOD), (0.7, pb.VERDICT_FAIR), (0.5, pb.VERDICT_UNDERTRAINED)]
+)
+def test_a_run_on_pairs_is_judged_by_its_rewards(share: float, verdict: pb.Verdict.ValueType) -> None:
+    """Its loss and the token accuracy, 0.25 and 0.4 at the end here, are in no band of answers."""
+    made = result()
+    made.preference.reward_accuracy = share
+    judgement = judge(PAIRS, facts_of(made))
+    codes = {sign.code: sign.passed for sign in judgement.signs}
+    assert judgement.verdict == verdict
+    assert codes["REWARD_ACCURACY"] == (share > 0.8)
+    assert not {"FINAL_LOSS", "TOKEN_ACCURACY"} & codes.keys()
+    asked = pb.TrainRequest(objective=pb.OBJECTIVE_DPO)
+    patch = config_patch(judgement, PAIRS, resolve(asked).parameters)
+    json_format.ParseDict(patch, asked.parameters)
+    training_spec(asked)
+    assert bool(patch) == (share < 0.8)
+
+
+def job(name: str, *, ended: bool) -> job_pb2.Job:
+    made = job_pb2.Job(name=name)
+    made.spec.Pack(pb.TrainRequest(objective=pb.OBJECTIVE_DPO))
+    if ended:
+        answer = result()
+        answer.loss_curve.extend(to_curve(PAIRS))
+        answer.preference.reward_accuracy = 0.9
+        made.result.Pack(answer)
+    return made
+
+
+def test_a_second_run_on_pairs_did_not_start_anew_for_its_first_loss(tmp_path: Path) -> None:
+    subject = from_jobs("mareva", [job("jobs/2", ended=True), job("jobs/1", ended=True)], tmp_path)
+    answer = diagnose(subject)
+    assert answer.verdict == pb.VERDICT_GOOD
+    assert "STARTED_ANEW" not in {reason.code for reason in answer.reasons}
+
+
+def test_a_run_on_pairs_that_has_not_ended_is_not_judged(tmp_path: Path) -> None:
+    folder = checkpoints_folder(tmp_path, "jobs/2") / "checkpoint-60"
+    folder.mkdir(parents=True)
+    log = [{"step": point.step, "loss": point.loss} for point in PAIRS.points]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    checkpoints.seal(folder)
+    with pytest.raises(LoralineError) as caught:
+        from_jobs("mareva", [job("jobs/2", ended=False)], tmp_path)
+    assert caught.value.reason == "NOT_SUPPORTED" and "before it has ended" in caught.value.message

@@ -39,8 +39,11 @@ _LOOKS: tuple[Callable[[History, Facts], Sign | None], ...] = (
     signs.evaluation,
     run_signs.answers,
     run_signs.probes,
+    run_signs.preferences,
     run_signs.files,
 )
+_OF_ANSWERS = (signs.loss_level, signs.accuracy_level)
+"""The bands of a run that learns answers; the loss on pairs begins at 0.69 whatever they are."""
 # The first verdict of these that a failed sign gives is the run's.
 _ORDER = (
     pb.VERDICT_DIVERGED,
@@ -55,7 +58,8 @@ _ORDER = (
 def judge(history: History, facts: Facts | None = None) -> Judgement:
     """Look at a run from every side; `facts` are what is known besides its curve."""
     known = facts or Facts()
-    found = [sign for look in _LOOKS if (sign := look(history, known)) is not None]
+    looks = _LOOKS if known.reward_accuracy is None else [look for look in _LOOKS if look not in _OF_ANSWERS]
+    found = [sign for look in looks if (sign := look(history, known)) is not None]
     given = {sign.verdict for sign in found if not sign.passed}
     verdict = next((verdict for verdict in _ORDER if verdict in given), pb.VERDICT_GOOD)
     rank = {value: number for number, value in enumerate(_ORDER)}

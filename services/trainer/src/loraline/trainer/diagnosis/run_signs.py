@@ -9,6 +9,8 @@ from loraline.trainer.diagnosis.sign import Facts, Sign
 _ADVISED_ROWS = 500
 _SHIFT = 0.05
 """Nats; below it, base and adapter differ by no more than kernels do."""
+_PREFERS, _LEARNS = 0.8, 0.6
+"""Shares of pairs: told apart well enough, and told apart at all; half is chance."""
 _SAME_TOKENS, _SAME_SHARE = 16, 0.3
 """Tokens that all rows begin with, and their share of all tokens, above which they are more than a template's own."""
 
@@ -92,3 +94,16 @@ def files(history: History, facts: Facts) -> Sign | None:
         return Sign("FILES_MISSING", False, text, "Run it again with existing_run CONTINUE.")
     text = f"{facts.published} is published whole, with its token receipt and its probes."
     return Sign("FILES_COMPLETE", True, text)
+
+
+def preferences(history: History, facts: Facts) -> Sign | None:
+    """Whether the chosen answers have come to be preferred."""
+    share = facts.reward_accuracy
+    if share is None:
+        return None
+    text = f"The chosen answer has the greater reward in {share:.0%} of the pairs; half is chance."
+    if share >= _PREFERS:
+        return Sign("REWARD_ACCURACY", True, text)
+    verdict = pb.VERDICT_FAIR if share >= _LEARNS else pb.VERDICT_UNDERTRAINED
+    remedy = "Train longer or with a higher learning_rate, and look whether chosen and rejected really differ in kind."
+    return Sign("REWARD_ACCURACY", False, text, remedy, verdict)

@@ -17,6 +17,7 @@ PHASES = {
     **dict.fromkeys(("UNSTEADY", "STEADY", "GRADIENT_SPIKES", "RESTARTED", "STARTED_ANEW"), pb.RUN_PHASE_DURING),
     **dict.fromkeys(("STILL_FALLING", "SETTLED", "EVAL_LOSS_RISES", "CONTINUED"), pb.RUN_PHASE_DURING),
     **dict.fromkeys(("FINAL_LOSS", "TOKEN_ACCURACY", "EVAL_LOSS", "UNDERFIT"), pb.RUN_PHASE_AFTER),
+    "REWARD_ACCURACY": pb.RUN_PHASE_AFTER,
     **dict.fromkeys(("ANSWERS_UNCHANGED", "ANSWERS_CHANGED", "PROBES_UNMOVED", "PROBES_MOVED"), pb.RUN_PHASE_AFTER),
     **dict.fromkeys(("FILES_COMPLETE", "FILES_MISSING"), pb.RUN_PHASE_AFTER),
 }
@@ -45,6 +46,8 @@ class Facts:
     rank: int = 0
     first_batch: Sequence[pb.BatchRow] = ()
     """What the model was shown first."""
+    reward_accuracy: float | None = None
+    """Share of pairs whose chosen answer has the greater reward, 0 to 1; None for a run that is not on pairs."""
     published: str | None = None
     """Reference of the adapter or the model that a finished run published; None while it is not known."""
     missing: Sequence[str] = ()
@@ -86,6 +89,7 @@ def facts_of(result: pb.TrainResult, *, earlier: Sequence[History] = (), rank: i
         probe_shift=probes.max_abs_logprob_shift if probes.probes else None,
         rank=rank,
         first_batch=list(result.first_batch),
+        reward_accuracy=result.preference.reward_accuracy if result.HasField("preference") else None,
         published=format_ref(made) if made.name else "",
         missing=[what for what, there in left.items() if not there],
     )

@@ -60,7 +60,7 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
     """Return a run of this platform from its jobs, newest first.
 
     Raises FAILED_PRECONDITION (RUN_WITHOUT_HISTORY) while none of them has logged a step that is kept; UNIMPLEMENTED
-    (NOT_SUPPORTED) for preference pairs, whose loss has other bands.
+    (NOT_SUPPORTED) for a run on preference pairs that has not ended: what it learns by are its rewards.
     """
     known = [(job, history) for job in jobs if (history := _history(job, data_dir)) is not None]
     if not known:
@@ -72,11 +72,13 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
     job, history = known[0]
     request, result = pb.TrainRequest(), pb.TrainResult()
     job.spec.Unpack(request)
-    if request.objective == pb.OBJECTIVE_DPO:
-        remedy = "Read reward_accuracy and reward_margin in its progress and result: their growth is what it learns by."
-        raise unsupported("Judging a run of OBJECTIVE_DPO by its loss", remedy)
-    facts = Facts(earlier=[other for _, other in known[1:]])
-    if job.result.Unpack(result):
+    ended, pairs = job.result.Unpack(result), request.objective == pb.OBJECTIVE_DPO
+    if pairs and not ended:
+        remedy = "Read reward_accuracy and reward_margin in its progress: their growth is what it learns by."
+        raise unsupported("Judging a run of OBJECTIVE_DPO before it has ended", remedy)
+    # The loss on pairs begins at 0.69 every time: that it does so again says nothing.
+    facts = Facts(earlier=[] if pairs else [other for _, other in known[1:]])
+    if ended:
         facts = facts_of(result, earlier=facts.earlier, rank=request.parameters.lora.r)
     shown = first_batch(job, data_dir)
     return Subject(f"Run {name}", history, facts, resolve(request).parameters, shown)
