@@ -460,7 +460,9 @@ class TrainingParameters(_message.Message):
     sequences. Unset means off; not with OBJECTIVE_DPO.
     """
     save_steps: _builtins.int
-    """Optimizer steps between checkpoints; 0 means about ten a run."""
+    """Optimizer steps between checkpoints; 0 means about ten a run. Beside early_stopping_patience not used: a checkpoint is
+    saved at each evaluation.
+    """
     keep_checkpoints: _builtins.int
     """Checkpoints kept besides the best and the last; 0 means 2."""
     eval_steps: _builtins.int
@@ -468,7 +470,9 @@ class TrainingParameters(_message.Message):
     early_stopping_patience: _builtins.int
     """Stop after so many evaluations without a better eval loss; 0 means never."""
     max_truncated_share: _builtins.float
-    """Share of rows beyond max_length that is accepted under TRUNCATE; 0 means 0.1."""
+    """Share of rows beyond max_length that is accepted under TRUNCATE, 0 to 1, and above which an event warns under DROP; 0
+    means 0.1.
+    """
     allow_unlearned_eos: _builtins.bool
     """Start although no row teaches the end-of-sequence token."""
     dpo_beta: _builtins.float
