@@ -100,6 +100,8 @@ class InferenceSettings(BaseSettings):
     session_max_bytes: int = Field(default=1024 * 1024, ge=1)
     """Bytes of UTF-8 that a session's history may have before it refuses another turn."""
 
+    system_prompts_file: Path | None = None
+    """YAML file, model name -> system prompt for conversations that bring none; unset for no such prompts."""
     profiles_dir: Path | None = None
     """Folder with response profiles of your own, one YAML file each; unset for the built-in ones alone."""
     profile_reconnect_seconds: float = Field(default=30.0, gt=0, le=3600)

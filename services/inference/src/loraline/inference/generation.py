@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.serving.auth import current_principal
@@ -26,6 +27,7 @@ from loraline.inference.sessions.context import fit, left_out_notice, room_for_p
 from loraline.inference.sessions.turns import Sessions, Turn
 from loraline.inference.structured.shape import AnswerShape, shape_of
 from loraline.inference.structured.verdict import failure
+from loraline.inference.system_prompts import SystemPrompts
 
 _NO_RULE = "The question's language was not found, so no language rule was applied to the answer."
 _LONG_PROMPT = 20_000
@@ -45,6 +47,7 @@ class Answer:
         begun: float,
         metrics: InferenceMetrics,
         turn: Turn | None = None,
+        notes: Sequence[str] = (),
     ):
         self.model = target.name
         self.shape = shape
@@ -53,7 +56,8 @@ class Answer:
         self._request = request
         self._asked = asked
         self._most_tokens = most_tokens
-        self._notes = [_NO_RULE] if asked.language == FOLLOW and (shape is None or shape.language == "") else []
+        no_rule = asked.language == FOLLOW and (shape is None or shape.language == "")
+        self._notes = [*([_NO_RULE] if no_rule else []), *notes]
         self._metrics = metrics
         self._begun = begun
         self._turn = turn
@@ -159,6 +163,7 @@ class Generation:
         self.sessions = sessions
         self.admission = Admission(settings.max_queued_requests, self._slots)
         self.rates = KeyRates()
+        self._system_prompts = SystemPrompts.load(settings.system_prompts_file)
         metrics.waiting.set_function(lambda: self.admission.waiting)
 
     @asynccontextmanager
@@ -170,13 +175,14 @@ class Generation:
             shape = await _shape(asked)
             async with self._admitted(asked) as (question, turn), self.host.target(question.model) as target:
                 kind = target.kind
-                ids = await self._prompt_ids(question, target, turn)
+                lead, notes = self._system_prompts.lead_for(question, target)
+                ids = await self._prompt_ids(question, target, turn, lead)
                 sampling = _within_window(question.sampling, len(ids), target.serving.engine.facts.max_model_len)
                 request = EngineRequest(
                     uuid.uuid4().hex, ids, sampling, target.adapter, shape.decoding if shape else None
                 )
                 most = self.settings.max_tokens
-                answer = Answer(target, request, question, shape, most, begun, self.metrics, turn)
+                answer = Answer(target, request, question, shape, most, begun, self.metrics, turn, notes)
                 try:
                     yield answer
                 finally:
@@ -213,18 +219,21 @@ class Generation:
         """Return how many answers the engine generates at once."""
         return self.host.concurrency or self.settings.max_concurrent_requests
 
-    async def _prompt_ids(self, question: Question, target: Target, turn: Turn | None) -> list[int]:
+    async def _prompt_ids(
+        self, question: Question, target: Target, turn: Turn | None, lead: Sequence[dict[str, str]]
+    ) -> list[int]:
         chat_format = target.serving.chat_format
         window = target.serving.engine.facts.max_model_len
         limit = min(self.settings.max_prompt_tokens or window, window - 1)
         if turn is not None:
             room = room_for_prompt(limit, question.sampling.max_tokens, window)
-            ids, left_out = await fit(chat_format.prompt_ids, question.lead, question.earlier, question.messages, room)
+            render = partial(chat_format.prompt_ids, lead=lead)
+            ids, left_out = await fit(render, question.lead, question.earlier, question.messages, room)
             if left_out:
                 turn.notices.append(left_out_notice(question.session, left_out, len(question.earlier), window))
             name = "messages"
         elif question.messages:
-            ids, name = await chat_format.prompt_ids(question.messages, question.tools), "messages"
+            ids, name = await chat_format.prompt_ids(question.messages, question.tools, lead), "messages"
         elif isinstance(question.prompt, str):
             # Tokenizing megabytes takes seconds, which must not be the event loop's.
             encode = chat_format.encode

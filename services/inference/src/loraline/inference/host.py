@@ -113,14 +113,14 @@ class ModelHost:
         serving = self.serving()
         async with serving.in_use():
             if is_base(serving, model):
-                yield Target(serving, BASE, serving.name)
+                yield Target(serving, BASE, serving.name, serving.wants_system)
                 return
             exact = await self._resolve(serving, model)
             fresh = serving.adapters.get(exact) is None
             async with serving.adapters.use(exact) as adapter:
                 if fresh:
                     await self._holds.renew()
-                yield Target(serving, adapter.internal, adapter.name)
+                yield Target(serving, adapter.internal, adapter.name, adapter.wants_system)
 
     async def served_name(self, model: str) -> str:
         """Return the name with version of what is loaded under a request's model name; NOT_FOUND otherwise."""

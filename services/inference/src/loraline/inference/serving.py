@@ -40,6 +40,8 @@ class Serving:
     adapters: AdapterRegistry
     proof: Proof | None = None
     """Set when the base is a merged model that brings evidence."""
+    wants_system: bool = False
+    """Whether such a model's training rows begin with a system prompt."""
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
     last_token: float = field(default_factory=time.monotonic)
     """When the engine last gave a token to a request, by the monotonic clock."""
@@ -84,6 +86,8 @@ class Target:
     """Internal name; empty for the base."""
     name: str
     """Name to show, with version."""
+    wants_system: bool = False
+    """Whether it was trained on conversations that begin with a system prompt, as its token receipt shows."""
 
     @property
     def kind(self) -> str:
@@ -139,7 +143,8 @@ async def start_serving(
         limit=settings.max_loaded_adapters,
         require_proof=settings.require_proof,
     )
-    return Serving(engine, base, name, chat_format, registry, proof)
+    wants_system = evidence is not None and evidence.wants_system
+    return Serving(engine, base, name, chat_format, registry, proof, wants_system)
 
 
 async def generate_one_token(engine: Engine, chat_format: ChatFormat) -> None:

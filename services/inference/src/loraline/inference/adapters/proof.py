@@ -66,6 +66,12 @@ class Evidence:
     probes: ProbeSet
     receipt: TokenReceipt
 
+    @property
+    def wants_system(self) -> bool:
+        """Whether every row that the receipt shows has a system message."""
+        rows = self.receipt.rows
+        return bool(rows) and all(any(one.get("role") == "system" for one in row.messages) for row in rows)
+
 
 def read_evidence(folder: Path) -> Evidence | None:
     """Return an artifact's evidence; None when it has neither file. NOT_FOUND or DATA_LOSS for half or broken files."""

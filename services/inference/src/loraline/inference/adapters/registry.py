@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import structlog
 
@@ -20,7 +19,7 @@ from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, resource_exhausted
 from loraline.inference.adapters.checks import check_adapter
 from loraline.inference.adapters.names import internal_name, served_name
-from loraline.inference.adapters.proof import Proof, prove_adapter, prove_without_evidence, read_evidence
+from loraline.inference.adapters.proof import Evidence, Proof, prove_adapter, prove_without_evidence, read_evidence
 from loraline.inference.base_model import LocalBase
 from loraline.inference.engine_errors import engine_gone
 from loraline.inference.engines.chat_format import ChatFormat
@@ -39,6 +38,8 @@ class ServedAdapter:
     internal: str
     rank: int
     proof: Proof
+    wants_system: bool = False
+    """Whether it was trained on conversations with a system prompt."""
     resident: bool = True
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
     users: int = 0
@@ -189,20 +190,21 @@ class AdapterRegistry:
         except EngineDead as error:
             raise engine_gone() from error
         try:
-            proof = await self._prove(internal, folder, what)
+            evidence = await asyncio.to_thread(read_evidence, folder)
+            proof = await self._prove(internal, evidence, what)
             await self._make_room(internal)
         except EngineDead as error:
             raise engine_gone() from error
         except BaseException:
             await self._engine.unload_adapter(internal)
             raise
-        adapter = ServedAdapter(exact, internal, facts.rank, proof, last_used=next(self._ticks))
+        wants_system = evidence is not None and evidence.wants_system
+        adapter = ServedAdapter(exact, internal, facts.rank, proof, wants_system, last_used=next(self._ticks))
         self._adapters[internal] = adapter
         _log.info("adapter_loaded", adapter=what, internal=internal, **vars(proof))
         return adapter
 
-    async def _prove(self, internal: str, folder: Path, what: str) -> Proof:
-        evidence = await asyncio.to_thread(read_evidence, folder)
+    async def _prove(self, internal: str, evidence: Evidence | None, what: str) -> Proof:
         if evidence is not None:
             return await prove_adapter(self._engine, self._format, internal, evidence, what)
         if self._require_proof:

@@ -105,19 +105,28 @@ class ChatFormat:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def prompt_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        lead: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Return the ids that ask for the next answer, rendered off the event loop and under a time limit.
 
+        `lead` are the operator's own words before the messages; they are not looked through.
         INVALID_ARGUMENT SPECIAL_TOKEN_IN_TEXT names a message or tool whose text would become control tokens.
         """
-        rendering = asyncio.to_thread(self._question, messages, tools)
+        rendering = asyncio.to_thread(self._question, messages, tools, lead)
         try:
             return await asyncio.wait_for(rendering, RENDER_SECONDS)
         except TimeoutError:
             raise _too_slow() from None
 
-    def _question(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+    def _question(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        lead: Sequence[Mapping[str, Any]],
+    ) -> list[int]:
         refusal = self._specials.refusal(messages)
         if refusal is not None:
             raise refusal
@@ -126,7 +135,7 @@ class ChatFormat:
                 error = invalid_argument("SPECIAL_TOKEN_IN_TEXT", f"{path} spells the control token {token!r}.")
                 error.fields = {path: f"spells the control token {token!r}"}
                 raise error
-        return self.render(messages, generation_prompt=True, tools=tools)
+        return self.render([*lead, *messages], generation_prompt=True, tools=tools)
 
 
 def _texts_about_tools(
