@@ -68,7 +68,7 @@ def _settings(finished: FinishedRun, inputs: RunInputs, spec: TrainingSpec) -> d
 def _receipt(receipt: TokenReceipt) -> dict[str, str]:
     counts = receipt.counts
     return {
-        "Rows": str(counts.rows),
+        "Rows": f"{counts.unique_rows}; an epoch shows {counts.rows}",
         "Tokens": f"{counts.tokens}, of which {counts.trained_tokens} carry loss",
         "Mask made by": receipt.mask_method,
         "Rows that teach the end of an answer": str(counts.rows_teaching_eos),
