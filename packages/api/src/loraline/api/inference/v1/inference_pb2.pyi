@@ -1013,7 +1013,8 @@ class GetCapabilitiesResponse(_message.Message):
 
     @_builtins.property
     def diagnoses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Diagnosis]:
-        """Problems found on the server's machine before the engine was built, and what it failed at, gravest first; empty when
+        """What a failed load failed at, what the engine died of when it last did (told until another model is loaded, also when it
+        is back), and problems found in the model's folder and on the server's machine before the engine was built; empty when
         none are known.
         """
 
