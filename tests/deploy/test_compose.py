@@ -102,6 +102,16 @@ def test_images_are_pinned_by_a_variable(compose: dict[str, Any]) -> None:
         assert re.search(r"\d+[.-]\d+", tag), f"{name}: {image} is no exact version"
 
 
+def test_images_are_built_on_one_exact_python() -> None:
+    bases = {stage: (ROOT / "services" / stage / "Dockerfile").read_text() for stage in STAGES}
+    named = {stage: re.findall(r"^ARG PYTHON_IMAGE=(.*)$", text, re.MULTILINE) for stage, text in bases.items()}
+    assert len({tuple(images) for images in named.values()}) == 1, named
+    for stage, (image,) in named.items():
+        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+", image), f"{stage}: {image} floats"
+        built_on = re.findall(r"^FROM (\S+)", bases[stage], re.MULTILINE)
+        assert set(built_on) == {"${PYTHON_IMAGE}"}, stage
+
+
 def test_what_is_waited_for_has_a_health_check(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         if name in STAGES:
