@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,11 +51,37 @@ def test_the_cause_is_found_behind_what_vllm_dumps(listening: None) -> None:
     assert how_it_ended(llm_of(process)).splitlines()[0] == ASSERT
 
 
+def record(at: float, text: str) -> str:
+    return json.dumps([at, text]) + "\n"
+
+
+def test_what_it_refused_long_ago_is_not_what_it_died_of(listening: None) -> None:
+    path = Path(os.environ[last_words.VARIABLE])
+    now = time.time()
+    old, cause, last = record(now - 600, "ValueError: no such adapter"), record(now - 2, ASSERT), record(now, "fatal")
+    path.write_text(f'{old}{cause}{last}[17, "cut')
+    assert last_words.said(at_the_end=True) == f"{ASSERT}\nfatal"
+    assert last_words.said().startswith("ValueError: no such adapter")
+    path.write_text(old)  # died without a word
+    assert last_words.said(at_the_end=True) == ""
+
+
+def test_the_file_of_a_long_life_stays_small(listening: None) -> None:
+    path = Path(os.environ[last_words.VARIABLE])
+    path.write_text(record(time.time(), "x" * 2**20))
+    process = run(fail_in_mid_run)
+    process.join(60)
+    assert path.stat().st_size < 2000
+    assert last_words.said().startswith(ASSERT)
+
+
 def test_a_killed_process_that_said_nothing_is_named_by_its_signal(listening: None) -> None:
+    Path(os.environ[last_words.VARIABLE]).write_text(record(time.time(), "ValueError: no such adapter"))
     process = run(wait_for_ever)
     process.kill()
     process.join(60)
     assert how_it_ended(llm_of(process)) == KILLED
+    last_words.listen()
     process = run(wait_for_ever)
     process.terminate()  # as vLLM ends the others when one has died
     process.join(60)

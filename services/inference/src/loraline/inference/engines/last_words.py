@@ -7,16 +7,22 @@ point) in each of its processes; there errors that it logs are also written to a
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
 VARIABLE = "LORALINE_ENGINE_LAST_WORDS"
 """File to write to; set by the server before the engine starts, inherited by the engine's processes."""
 _MOST_CHARACTERS = 4000
+_MOST_BYTES = 1024 * 1024
+"""Size at which the file begins anew: an engine may live for months and log an error for each request it refuses."""
+_BURST_SECONDS = 30.0
+"""What a dying engine's processes say, they say within so long of the last word, and that is read soon after."""
 _DUMP = "Dumping "
 """How vLLM begins what it logs of its settings and its batch before the cause: thousands of characters, no cause."""
 
@@ -33,8 +39,10 @@ class _Words(logging.Handler):
         elif text.startswith(_DUMP):
             return
         try:
-            with Path(self._path).open("a", encoding="utf-8") as file:
-                file.write(text[:_MOST_CHARACTERS] + "\n")
+            path = Path(self._path)
+            full = path.stat().st_size > _MOST_BYTES
+            with path.open("w" if full else "a", encoding="utf-8") as file:
+                file.write(json.dumps([record.created, text[:_MOST_CHARACTERS]]) + "\n")
         except OSError:
             pass  # words are lost, not the engine
 
@@ -58,12 +66,27 @@ def listen() -> None:
     os.environ[VARIABLE] = path
 
 
-def said() -> str:
-    """Return what the engine's processes said, the cause first; empty for nothing."""
+def said(*, at_the_end: bool = False) -> str:
+    """Return what the engine's processes said, the cause first; empty for nothing.
+
+    `at_the_end`: only the last burst of words, of just now: the engine ran before and may have refused this or that.
+    """
     try:
-        return Path(os.environ[VARIABLE]).read_text(encoding="utf-8", errors="replace").strip()[:_MOST_CHARACTERS]
+        lines = Path(os.environ[VARIABLE]).read_text(encoding="utf-8", errors="replace").splitlines()
     except (KeyError, OSError):
         return ""
+    words = [read for line in lines if (read := _read(line)) is not None]
+    newest = max((at for at, _ in words), default=0.0)
+    since = max(newest, time.time() - _BURST_SECONDS) - _BURST_SECONDS if at_the_end else 0.0
+    return "\n".join(text for at, text in words if at >= since)[:_MOST_CHARACTERS].strip()
+
+
+def _read(line: str) -> tuple[float, str] | None:
+    try:
+        at, text = json.loads(line)
+        return float(at), str(text)
+    except (ValueError, TypeError):  # a process that was killed while it wrote
+        return None
 
 
 def forget() -> None:

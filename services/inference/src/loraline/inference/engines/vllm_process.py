@@ -83,14 +83,13 @@ def engine_arguments(folder: Path, options: EngineOptions, *, on_cpu: bool) -> d
 def how_it_ended(llm: AsyncLLM) -> str:
     """Return what a dead engine's processes said, the cause first, else the signals that ended them; before shut_down.
 
-    A process that the kernel killed, or that native code aborted, had no time for words.
+    A process that the kernel killed had no time for words, and one that native code aborted may have had none.
     """
-    words = last_words.said()
-    if words:
-        return words
     manager: Any = getattr(getattr(llm.engine_core, "resources", None), "engine_manager", None)
     ended = manager.finished_procs() if manager is not None and hasattr(manager, "finished_procs") else {}
-    return "\n".join(_signal_said(name, -code) for name, code in ended.items() if code < 0 and code != -signal.SIGTERM)
+    signals = {name: -code for name, code in ended.items() if code < 0 and code != -signal.SIGTERM}
+    words = "" if signal.SIGKILL in signals.values() else last_words.said(at_the_end=True)
+    return words or "\n".join(_signal_said(name, number) for name, number in signals.items())
 
 
 def _signal_said(process: str, number: int) -> str:
