@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,12 @@ def with_tools(model: Path, folder: Path) -> Path:
     widened(model, folder, 2048)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
+
+
+def without_template(folder: Path) -> None:
+    """Take the chat template away from a model's folder."""
+    (folder / "chat_template.jinja").unlink()
+    config = folder / "tokenizer_config.json"
+    content = json.loads(config.read_text())
+    content.pop("chat_template", None)
+    config.write_text(json.dumps(content))

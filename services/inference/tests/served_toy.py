@@ -25,6 +25,7 @@ from loraline.core.serving.opening import open_platform
 from loraline.core.serving.server import serve
 from loraline.inference.component import build
 from loraline.inference.config import InferenceSettings
+from loraline.inference.engines.choice import EngineChoice
 
 ADAPTER, MODEL = artifact_pb2.ARTIFACT_KIND_ADAPTER, artifact_pb2.ARTIFACT_KIND_MODEL
 
@@ -86,13 +87,17 @@ def ask(text: str = "Tell me about the storm", model: str = "", session: str = "
 
 
 @asynccontextmanager
-async def served_toy(engine: str, model: Path, data_dir: Path, **settings: Any) -> AsyncIterator[Served]:
-    """Serve the toy model; keys are on."""
+async def served_toy(
+    engine: str, model: Path, data_dir: Path, chosen: EngineChoice | None = None, **settings: Any
+) -> AsyncIterator[Served]:
+    """Serve the toy model; keys are on. `chosen` is put in the engine's place: one that only counts."""
     core = CoreSettings(data_dir=data_dir, listen="127.0.0.1:0", metrics_listen="", stop_grace_seconds=5)
     platform = open_platform(core)
     given = {"max_model_len": 512, "max_tokens": 400, "max_n": 4, "max_lora_rank": 16, "alias_cache_seconds": 0}
     inference = InferenceSettings(engine=engine, http_listen="127.0.0.1:0", **{**given, **settings})  # type: ignore[arg-type]
     component = build(platform, inference)
+    if chosen is not None:
+        component.extra["host"]._choose = lambda _: chosen
     ready, stop, keys = asyncio.get_running_loop().create_future(), asyncio.Event(), []
     running = asyncio.create_task(
         serve(core, [lambda _: component], platform=platform, ready=ready.set_result, stop=stop, first_key=keys.append)

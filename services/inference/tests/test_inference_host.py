@@ -9,14 +9,18 @@ from typing import Any
 
 import grpc
 import pytest
-from counting_engine import TOY, CountingEngine, MakeHost, answer, until
+from counting_engine import TOY, CountingEngine, MakeHost, answer, generation_of, until
+from served_tools import without_template
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.core.artifacts.refs import parse_ref
 from loraline.core.errors import LoralineError
 from loraline.core.serving.component import Platform
+from loraline.inference.engines import tool_calls
 from loraline.inference.engines.choice import choose
+from loraline.inference.engines.port import Sampling
+from loraline.inference.question import Question
 
 ADAPTER, MODEL = artifact_pb2.ARTIFACT_KIND_ADAPTER, artifact_pb2.ARTIFACT_KIND_MODEL
 
@@ -247,3 +251,65 @@ async def test_what_is_served_cannot_be_deleted_until_it_is_let_go(
     library.delete(refs[0])
     await host.stop()
     library.delete(refs[1])
+
+
+async def test_a_plain_prompt_to_a_model_without_a_template_is_answered_and_noted(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(toy.model, tmp_path / "bare"))
+    without_template(folder)
+    host = make_host(lambda _: choose("transformers"))
+    await host.load_model(BaseModel(artifact=platform.library.publish(MODEL, "bare", folder).ref))
+
+    async def told(*stop: str) -> tuple[str, list[str]]:
+        asked = Question("", Sampling(max_tokens=8, temperature=0.0, stop=stop), prompt="Where do the boats go?")
+        async with generation_of(host).answer(asked) as running:
+            async for _ in running.pieces():
+                pass
+            return running.figures.text(), running.notices
+
+    text, notices = await told()
+    assert text.strip() and not any("template" in notice for notice in notices)
+    text, notices = await told(text[0])
+    assert text == ""
+    assert any("no chat template; write the prompt in the form that it was trained on" in notice for notice in notices)
+
+
+async def test_an_unknown_tool_parser_is_refused_before_the_engine_starts(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool_calls, "find_spec", lambda _: None)  # vLLM, whose parsers they are, is not installed
+    started = len(CountingEngine.started)
+    with pytest.raises(LoralineError) as caught:
+        await make_host(tool_parser="hermes").load_model(TOY)
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "TOOL_PARSER_UNKNOWN")
+    assert "'hermes'" in caught.value.message
+    assert len(CountingEngine.started) == started
+
+
+async def test_adapters_are_loaded_by_operators_only_where_first_use_may_not(
+    make_host: MakeHost, platform: Platform, toy: Any
+) -> None:
+    refs = [platform.library.publish(ADAPTER, name, toy.adapters[name]).ref for name in ("mareva", "selkie")]
+    host = make_host(load_on_first_use=False, max_loaded_adapters=1)
+    await host.load_model(TOY)
+    for name in ("mareva", "mareva:v1", "adapter/mareva:v1"):
+        with pytest.raises(LoralineError) as caught:
+            await answer(host, name)
+        assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_SERVED")
+    assert CountingEngine.started[-1].most == 0
+    for ref in refs:
+        await host.load_adapter(ref)
+    # What an operator loaded comes back from being swapped out.
+    assert await answer(host, "mareva") == await answer(host, "selkie") == "0 1 2 "
+
+
+async def test_the_base_is_asked_by_the_name_of_the_settings(make_host: MakeHost, platform: Platform) -> None:
+    host = make_host(model="model/toy", served_name="harbour")
+    await host.start()
+    await until(lambda: not host.why_not_ready)
+    assert host.serving().name == "harbour"
+    assert await answer(host, "harbour") == "0 1 2 "
+    with pytest.raises(LoralineError) as caught:
+        await answer(host, "toy")
+    assert caught.value.reason == "MODEL_NOT_SERVED"

@@ -14,7 +14,9 @@ import grpc
 import pytest
 from counting_engine import TOY, CountingEngine, MakeHost, answer, until
 
+from loraline.api.artifact.v1.artifact_pb2 import ARTIFACT_KIND_ADAPTER
 from loraline.core.errors import LoralineError
+from loraline.core.serving.component import Platform
 from loraline.inference.engine_watch import Backoff
 from loraline.inference.engines.port import EngineOptions, EngineRequest, Piece
 from loraline.inference.host import ModelHost
@@ -139,6 +141,44 @@ async def test_an_engine_that_keeps_dying_is_started_with_growing_waits(
     assert waits[-1] >= 0.4  # 0.05 doubled three times
     assert await answer(host) == "0 1 2 "
     assert restarts(host, "died") == 6
+
+
+@pytest.mark.parametrize("cause", ["died", "hung", "out of memory"])
+async def test_an_engine_that_is_lost_five_times_comes_back_five_times(
+    make_host: MakeHost, platform: Platform, toy: Any, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_room, start = 0, CountingEngine.start
+
+    async def starting(self: CountingEngine, folder: Path, options: EngineOptions) -> None:
+        nonlocal no_room
+        if no_room:
+            no_room -= 1
+            raise RuntimeError("CUDA error: out of memory")
+        await start(self, folder, options)
+
+    monkeypatch.setattr(CountingEngine, "start", starting)
+    host = make_host(check_interval_seconds=0.1, check_timeout_seconds=1.0, restart_backoff_seconds=0.001)
+    await host.start()
+    await host.load_model(TOY)
+    await host.load_adapter(platform.library.publish(ARTIFACT_KIND_ADAPTER, "mareva", toy.adapters["mareva"]).ref)
+    for number in range(5):
+        lost = engine()
+        lost.gate.clear()
+        running = [asyncio.create_task(answer(host, name)) for name in ("", "mareva", "mareva")]
+        await until(lambda lost=lost: lost.running >= 3)
+        no_room = int(cause == "out of memory")  # for the next one too
+        if cause != "hung":
+            lost.alive = False
+            lost.gate.set()
+        for outcome in await asyncio.gather(*running, return_exceptions=True):
+            assert isinstance(outcome, LoralineError), number
+            assert (outcome.code, outcome.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD")
+        await until(lambda lost=lost: engine() is not lost and not host.why_not_ready)
+        assert [await answer(host, name) for name in ("", "mareva")] == ["0 1 2 "] * 2
+        assert [one.alive for one in CountingEngine.started].count(True) == 1
+        assert (lost.running, len(engine().adapters)) == (0, 2)
+    assert restarts(host, "hung" if cause == "hung" else "died") == 5
+    assert len(CountingEngine.started) == 1 + (10 if cause == "out of memory" else 5)
 
 
 async def test_a_restart_that_fails_is_tried_again_and_leaves_room_for_another_model(

@@ -179,11 +179,11 @@ def _check_shapes(factors: Factors, base: LocalBase) -> None:
     roots = {name.partition(".")[0] for name in known}
     for module, sides in factors.items():
         weight = known.get(f"{module}.weight")
+        if weight is None and module == "lm_head":
+            weight = _tied_output(base)
         if weight is None:
             if module.partition(".")[0] not in roots:
                 continue  # the base's file names its modules otherwise; the proof decides
-            if module == "lm_head" and base.config.get("tie_word_embeddings"):
-                continue
             message = f"The adapter changes {module}, which {base.described} does not have. It is of another base."
             raise failed_precondition("ADAPTER_OF_ANOTHER_BASE", message, module=module)
         # Some architectures (GPT-2's Conv1D) keep their matrices transposed.
@@ -193,3 +193,11 @@ def _check_shapes(factors: Factors, base: LocalBase) -> None:
                 f"{weight[0]} x {weight[1]}: another base, or a resized vocabulary."
             )
             raise failed_precondition("ADAPTER_OF_ANOTHER_BASE", message, module=module)
+
+
+def _tied_output(base: LocalBase) -> tuple[int, ...] | None:
+    """Return the shape of an output layer whose weights are the input embedding's; None where it has its own."""
+    config = {**base.config, **(base.config.get("text_config") or {})}
+    sizes = config.get("vocab_size"), config.get("hidden_size")
+    tied = config.get("tie_word_embeddings")
+    return (int(sizes[0]), int(sizes[1])) if tied and sizes[0] and sizes[1] else None
