@@ -119,11 +119,14 @@ def _take_up(
 ) -> None:
     """Refuse a run that has nothing left to do; else write down and tell where it stands."""
     p, state = request.parameters, checkpoints.trainer_state(brought)
-    try:
-        _refuse_finished(request.name, state, p.epochs, p.max_steps, published=published)
-    except LoralineError:
-        checkpoints.remove([brought])
-        raise
+    # A run that came to its end without publishing anything, for want of memory say, still has that to do.
+    same_end = (p.epochs, p.max_steps) == (before.parameters.epochs, before.parameters.max_steps)
+    if published or not same_end:
+        try:
+            _refuse_finished(request.name, state, p.epochs, p.max_steps)
+        except LoralineError:
+            checkpoints.remove([brought])
+            raise
     stands = standing(brought.name, state, 0.0 if p.max_steps else p.epochs)
     file = brought.parent.parent / CONTINUATION
     file.write_text(json_format.MessageToJson(stands) + "\n", encoding="utf-8")
@@ -175,11 +178,8 @@ def _ended_jobs(context: JobContext, run: str) -> list[job_pb2.Job]:
     return [job for job in jobs if job.name != context.job]
 
 
-def _refuse_finished(run: str, state: dict, epochs: float, max_steps: int, *, published: bool) -> None:
+def _refuse_finished(run: str, state: dict, epochs: float, max_steps: int) -> None:
     step, done = int(state.get("global_step") or 0), float(state.get("epoch") or 0.0)
-    # A run that came to this very end without publishing anything, for want of memory say, still has that to do.
-    if not published and (step == max_steps if max_steps else done == epochs):
-        return
     if max_steps and step >= max_steps:
         reached, field = f"{step} steps", f"parameters.max_steps above {step}"
     elif not max_steps and done >= epochs:
