@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
 from counting_engine import TOY, CountingEngine, MakeHost, answer, generation_of
+from safetensors.numpy import load_file, save_file
 from served_toy import ADAPTER, Served, ask, served_toy
 
 from loraline.core.errors import LoralineError
@@ -48,8 +50,6 @@ def spoil_config(folder: Path, dice: random.Random) -> None:
 
 def spoil_tensors(folder: Path, dice: random.Random) -> None:
     """Drop, rename, cut or add a tensor."""
-    from safetensors.torch import load_file, save_file
-
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     name = dice.choice(sorted(tensors))
@@ -58,10 +58,36 @@ def spoil_tensors(folder: Path, dice: random.Random) -> None:
         case 1:
             tensors[name.replace("layers.", "layers.9")] = tensor
         case 2:
-            tensors[name] = tensor[:-1].contiguous()
+            tensors[name] = np.ascontiguousarray(tensor[:-1])
         case 3:
-            tensors |= {name: tensor, name.replace("lora_", "other_"): tensor.clone()}
+            tensors |= {name: tensor, name.replace("lora_", "other_"): tensor.copy()}
     save_file(tensors, file)
+
+
+def raise_rank(folder: Path, dice: random.Random) -> None:
+    """Widen every factor beyond the server's rank of 16, settings and weights agreeing."""
+    times = dice.randrange(3, 9)
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    widened = {
+        name: np.concatenate([tensor] * times, axis=0 if "lora_A" in name else 1)
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(widened, weights)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "r": 8 * times}))
+
+
+def resize_vocabulary(folder: Path, dice: random.Random) -> None:
+    """Bring an embedding of more tokens than the base has: whole, as factors of its own, or as the output layer's."""
+    file, tokens = folder / "adapter_model.safetensors", 400 + dice.randrange(1, 9)
+    rank_by_hidden, tokens_by_rank = np.zeros((8, 128), np.float32), np.zeros((tokens, 8), np.float32)
+    embedding, output = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
+    added = dice.choice([
+        {f"{embedding}.weight": np.zeros((tokens, 128), np.float32)},
+        {f"{embedding}.lora_embedding_A": np.ascontiguousarray(tokens_by_rank.T),
+         f"{embedding}.lora_embedding_B": np.ascontiguousarray(rank_by_hidden.T)},
+        {f"{output}.lora_A.weight": rank_by_hidden, f"{output}.lora_B.weight": tokens_by_rank},
+    ])  # fmt: skip
+    save_file({**load_file(file), **added}, file)
 
 
 def spoil_files(folder: Path, dice: random.Random) -> None:
@@ -89,7 +115,8 @@ async def test_a_hundred_bad_adapters_leave_the_engine_as_it_was(
     for number in range(100):
         dice = random.Random(number)
         folder = Path(shutil.copytree(toy.adapters["selkie"], tmp_path / f"bad-{number}"))
-        dice.choice([spoil_weights, spoil_config, spoil_tensors, spoil_files])(folder, dice)
+        spoils = [spoil_weights, spoil_config, spoil_tensors, spoil_files, raise_rank, resize_vocabulary]
+        spoils[number % len(spoils)](folder, dice)
         ref = platform.library.publish(ADAPTER, f"bad-{number}", folder).ref
         with pytest.raises(LoralineError) as caught:
             await host.load_adapter(ref)
@@ -97,17 +124,19 @@ async def test_a_hundred_bad_adapters_leave_the_engine_as_it_was(
         assert caught.value.message, number
         assert len(engine.adapters) == 2, number  # the base and mareva
     print(reasons)
-    assert len(reasons) >= 6
+    assert engine.most == 1  # nothing bad ever reached it
+    assert {"RANK_TOO_HIGH", "ADAPTER_RANK_MISMATCH", "ADAPTER_NOT_SERVABLE", "ADAPTER_OF_ANOTHER_BASE"} <= set(reasons)
+    assert len(reasons) >= 8
     assert "UNEXPECTED_ERROR" not in reasons
     assert await answer(host, "mareva") == "0 1 2 "
     assert [adapter.name for adapter in host.serving().adapters.list()] == ["mareva:v1"]
 
 
-def copies(toy: Any, folder: Path, platform: Platform, count: int) -> list[str]:
-    """Publish adapters with contents of their own and return their names."""
+def copies(adapter: Path, folder: Path, platform: Platform, count: int) -> list[str]:
+    """Publish an adapter under several names, with contents of their own, and return the names."""
     names = [f"copy-{number}" for number in range(count)]
     for name in names:
-        copy = Path(shutil.copytree(toy.adapters["mareva"], folder / name))
+        copy = Path(shutil.copytree(adapter, folder / name))
         (copy / "note.txt").write_text(name)
         platform.library.publish(ADAPTER, name, copy)
     return names
@@ -119,7 +148,7 @@ async def test_a_thousand_swaps_keep_the_limit_and_the_memory(
     host = make_host()
     await host.load_model(TOY)
     engine, generation = CountingEngine.started[-1], generation_of(host)
-    names = copies(toy, tmp_path, platform, 5)
+    names = copies(toy.adapters["mareva"], tmp_path, platform, 5)
     unloads = 0
     unload = engine.unload_adapter
 
@@ -155,7 +184,7 @@ async def served(toy: Any, tmp_path_factory: Any) -> AsyncIterator[Served]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 async def test_sixty_swaps_on_the_real_engine_while_it_answers(served: Served, toy: Any, tmp_path: Path) -> None:
-    names = copies(toy, tmp_path, served.platform, 4)
+    names = copies(toy.adapters["mareva"], tmp_path, served.platform, 4)
     [core] = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(one.cmdline())]
     expected = "".join(piece.delta for piece in await served.chat(ask(model=names[0], max_tokens=6)))
     base = "".join(piece.delta for piece in await served.chat(ask(max_tokens=6)))
