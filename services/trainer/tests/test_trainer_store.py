@@ -24,6 +24,7 @@ from loraline.core.serving.server import open_platform
 from loraline.core.testing.waiting import until, until_state
 from loraline.trainer import checkpoints
 from loraline.trainer.config import TrainerSettings
+from loraline.trainer.metrics import job_metrics
 from loraline.trainer.published import bring, published_checkpoints
 from loraline.trainer.servicer import TRAIN, TrainerServicer
 
@@ -53,7 +54,7 @@ async def machine(
 
 @asynccontextmanager
 async def runner(platform: Platform) -> AsyncIterator[None]:
-    running = JobRunner(platform.settings, platform.jobs.table, [TRAIN])
+    running = JobRunner(platform.settings, platform.jobs.table, [TRAIN], observer=platform.job_metrics)
     await running.start()
     try:
         yield
@@ -178,9 +179,13 @@ async def test_a_store_that_refuses_does_not_end_the_run(
     machine: Callable[[str], Platform], harbour: Path, small_base: Path, tmp_path: Path
 ) -> None:
     platform = machine("one")
+    assert platform.job_metrics
+    platform.job_metrics.accept(**job_metrics(platform.registry))
     dataset = await published(platform, harbour)
     # A file where the folder of checkpoints belongs: nothing can be written there.
     (tmp_path / "store" / "checkpoints").write_text("in the way")
     _, result, notes = await finished(platform, await submit(platform, request(dataset, small_base, "lone", epochs=1)))
     assert result.steps == 6
-    assert "CHECKPOINT_NOT_PUBLISHED" in notes
+    refused = notes.count("CHECKPOINT_NOT_PUBLISHED")
+    counted = platform.registry.get_sample_value("loraline_trainer_checkpoints_total", {"result": "unpublished"})
+    assert counted == refused > 0, "the alert CheckpointFailures waits for it"
