@@ -119,7 +119,6 @@ INFERENCE = Board(
                     "{{shape}} {{reason}}": "sum by (shape, reason) (increase(loraline_inference_structured_failures_total[1h]))",
                     "asked again {{reason}}": "sum by (reason) (increase(loraline_inference_structured_retries_total[1h]))",
                 },
-                needs="failure",
             ),
             Panel(
                 "Answers of profiles",
@@ -145,7 +144,11 @@ INFERENCE = Board(
                 },
                 text="loaded, or why it was refused; PROOF_FAILED pages. Swapped out again and again: raise MAX_LOADED_ADAPTERS.",
             ),
-            Panel("In the batch now", {"{{running_lora_adapters}}": "vllm:lora_requests_info"}, kind="table"),
+            Panel(
+                "Requests of the last five minutes",
+                {"{{adapter}}": 'sum by (adapter) (increase(loraline_inference_adapter_requests_total{adapter=~"$adapter"}[5m]))'},
+                kind="table",
+            ),
             Panel("Events of sessions", {"{{event}}": "sum by (event) (increase(loraline_inference_session_events_total[1h]))"}),
         ],
         "The engine (vLLM)": [

@@ -18,10 +18,14 @@ matplotlib.use("Agg")
 _BACK, _CARD, _TEXT, _FAINT = "#111217", "#181b1f", "#ccccdc", "#8e8e9a"
 _COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#96d98d")
 _LEGENDS = 5
+_TABLE_ROWS = 8
 
 
-def draw(board: Board, prometheus: PrometheusApi, start: float, end: float, file: Path, rows: list[str]) -> None:
-    """Write a PNG of these rows of a dashboard, laid out as Grafana does."""
+def draw(board: Board, prometheus: PrometheusApi, start: float, end: float, file: Path, rows: list[str]) -> list[str]:
+    """Write a PNG of these rows of a dashboard, laid out as Grafana does.
+
+    Returns the titles of panels that had nothing to show and do not need a GPU.
+    """
     placed = list(_places(board, rows))
     height = max(y + panel.height for panel, _, y in placed)
     figure = Figure(figsize=(15, height * 0.34 + 0.6), facecolor=_BACK)
@@ -29,6 +33,7 @@ def draw(board: Board, prometheus: PrometheusApi, start: float, end: float, file
     figure.text(
         0.008, 1 - 0.3 / (height * 0.34 + 0.6), board.title, color=_TEXT, fontsize=14, va="center", weight="bold"
     )
+    empty: list[str] = []
     for panel, x, y in placed:
         width, tall = panel.width / 24, panel.height / height * top
         left, bottom = x / 24, top - (y + panel.height) / height * top
@@ -39,18 +44,23 @@ def draw(board: Board, prometheus: PrometheusApi, start: float, end: float, file
             edge.set_color("#24262b")
         card.text(0.012 if panel.width > 8 else 0.02, 0.97, panel.title, transform=card.transAxes, color=_TEXT,
                   fontsize=8.5, va="top", weight="bold")  # fmt: skip
-        lines = {}
+        lines: dict[str, Line] = {}
         for legend, query in panel.queries.items():
             for line in prometheus.over(fill_in(query), start, end, max(1.0, (end - start) / 240)):
                 lines[_named(legend, line)] = line
+        if not lines and not panel.needs:
+            empty.append(panel.title)
         if panel.kind == "stat":
             _stat(card, panel, lines)
+        elif panel.kind == "table":
+            _table(card, panel, lines)
         else:
             inches = height * 0.34 + 0.6
             legend = (0.3 + 0.17 * min(3, -(-min(len(lines), _LEGENDS) // 2))) / inches
             inner = (left + 0.037, bottom + legend, width - 0.047, tall - legend - 0.36 / inches)
             _graph(figure.add_axes(inner, facecolor=_CARD), panel, lines)
     figure.savefig(file, dpi=100, facecolor=_BACK, pil_kwargs={"optimize": True})
+    return empty
 
 
 def _places(board: Board, rows: list[str]) -> Any:
@@ -98,6 +108,22 @@ def _stat(card: Any, panel: Panel, lines: dict[str, Line]) -> None:
               ha="center", va="center", weight="bold")  # fmt: skip
 
 
+def _table(card: Any, panel: Panel, lines: dict[str, Line]) -> None:
+    """Write rows of names and newest values, as many as fit."""
+    for row, (name, line) in enumerate(list(lines.items())[:_TABLE_ROWS]):
+        height = 0.8 - row * 0.7 / _TABLE_ROWS
+        value = said(line.values[-1], panel.unit)
+        card.text(0.02, height, name[:40], transform=card.transAxes, color=_FAINT, fontsize=8, va="top")
+        card.text(0.98, height, value, transform=card.transAxes, color=_TEXT, fontsize=8, va="top", ha="right")
+    if not lines:
+        _nothing(card, panel)
+
+
+def _nothing(axes: Any, panel: Panel) -> None:
+    text = f"needs a {panel.needs}" if panel.needs else "no data"
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, color=_FAINT, ha="center", va="center", fontsize=9)
+
+
 def _graph(axes: Any, panel: Panel, lines: dict[str, Line]) -> None:
     for edge in axes.spines.values():
         edge.set_visible(False)
@@ -118,4 +144,4 @@ def _graph(axes: Any, panel: Panel, lines: dict[str, Line]) -> None:
             labelcolor=_FAINT, handlelength=1.2, columnspacing=1.2, labelspacing=0.25,
         )  # fmt: skip
     else:
-        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, color=_FAINT, ha="center", va="center", fontsize=9)
+        _nothing(axes, panel)
