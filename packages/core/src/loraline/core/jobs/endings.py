@@ -22,7 +22,12 @@ _MEMORY_KNOBS = (
     "(LORALINE_MAX_CONCURRENT_JOBS), or give the machine or container more memory."
 )
 
-_FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
+_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing file",
+    ". unexpected pos ",  # torch's archive is shorter than what was written into it
+)
 
 
 def user_pause(name: str) -> job_pb2.PauseInfo:
