@@ -30,7 +30,7 @@ pytestmark = [
 async def served(toy: Any, tmp_path_factory: Any) -> AsyncIterator[Served]:
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("data")
-    checks = {"check_interval_seconds": 1, "check_timeout_seconds": 20, "drain_seconds": 1}
+    checks = {"check_interval_seconds": 1, "check_timeout_seconds": 20, "drain_seconds": 1, "kv_cache_gib": 0.25}
     async with served_toy("vllm", toy.model, folder, **checks) as one:
         yield one
 
@@ -58,8 +58,18 @@ async def until_health(served: Served, wanted: bool, seconds: float) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")])
-async def test_a_lost_engine_tells_its_requests_and_comes_back(served: Served, number: int, cause: str) -> None:
+async def test_a_quarter_of_a_gib_is_what_the_engine_takes(served: Served) -> None:
+    cache = served.component.extra["host"].serving().engine._llm.vllm_config.cache_config
+    token = 2 * 2 * 2 * 32 * 4  # bytes: layers, keys and values, heads, their size, float32
+    assert 2**27 < cache.num_gpu_blocks * cache.block_size * token <= 2**28
+
+
+@pytest.mark.parametrize(
+    ("number", "cause", "reason"), [(signal.SIGKILL, "died", "ENGINE_KILLED"), (signal.SIGSTOP, "hung", "ENGINE_DEAD")]
+)
+async def test_a_lost_engine_tells_its_requests_and_comes_back(
+    served: Served, number: int, cause: str, reason: str
+) -> None:
     before = served.metric("loraline_inference_engine_restarts_total", cause=cause)
     await until_health(served, True, 60)
     [core] = cores()
@@ -80,6 +90,8 @@ async def test_a_lost_engine_tells_its_requests_and_comes_back(served: Served, n
     assert served.metric("loraline_inference_engine_restarts_total", cause=cause) == before + 1
     assert not psutil.pid_exists(core.pid)
     assert len(cores()) == 1
+    told = await served.call("GetCapabilities", pb.GetCapabilitiesRequest())
+    assert reason in [one.reason for one in told.diagnoses]
 
 
 async def test_engine_counts_no_request_after_deadlines_and_cancellations(served: Served) -> None:
