@@ -55,6 +55,43 @@ def test_shell(server: Any, page_blocks: Callable[[str], list[str]], tmp_path: P
     assert (tmp_path / "headers.txt").stat().st_mode & 0o077 == 0
 
 
+def test_shell_lists_models_and_streams_an_answer(talking_server: Any, page_blocks: Callable[[str], list[str]]) -> None:
+    (script,) = page_blocks("sh run")
+    helper = script[: script.index("\n}\n") + 3]  # what makes headers.txt, and the function `call`
+    service = "loraline.api.inference.v1.InferenceService"
+    question = {
+        "messages": [{"role": "user", "content": "Where do the boats go?"}],
+        "sampling": {"maxTokens": 12, "temperature": 0},
+    }
+    calls = f"call {service}/ListModels '{{}}'\necho ----\ncall {service}/Chat '{json.dumps(question)}'\n"
+    calls += f"echo ----\ncall {service}/Chat '{json.dumps({**question, 'model': 'nobody'})}' || echo exit $?\n"
+    (talking_server.folder / "proto").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "proto" / "baseline.binpb", talking_server.folder / "proto")
+    done = talking_server.run("bash", "-eu", "-c", helper + calls, cwd=talking_server.folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed, streamed, refused = done.stdout.split("----\n")
+    [model] = json.loads(listed)["models"]
+    assert (model["name"], model["kind"], model["resident"]) == ("toy", "SERVED_KIND_BASE", True)
+    pieces = json_values(streamed)
+    assert pieces[0]["model"] == "toy"
+    assert "".join(piece.get("delta", "") for piece in pieces)
+    assert pieces[-1]["finishReason"] in {"FINISH_REASON_STOP", "FINISH_REASON_LENGTH"}
+    assert 1 <= pieces[-1]["usage"]["completionTokens"] <= 12
+    assert "finishReason" not in pieces[0] or len(pieces) == 1
+    assert refused.strip() == "exit 40"  # eight times gRPC's NOT_FOUND
+    assert "'nobody' is not served here" in done.stderr, done.stderr
+
+
+def json_values(text: str) -> list[Any]:
+    """Return the JSON values that stand one after the other, as `buf curl` writes a stream."""
+    decoder, found, text = json.JSONDecoder(), [], text.strip()
+    while text:
+        value, end = decoder.raw_decode(text)
+        found.append(value)
+        text = text[end:].lstrip()
+    return found
+
+
 def test_python_sdk_and_stubs(server: Any, page_blocks: Callable[[str], list[str]], tmp_path: Path) -> None:
     sdk, stubs = page_blocks("python run")
     done = server.run(sys.executable, "-c", sdk, cwd=tmp_path)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served_toy import Served
+
+from loraline.inference.language.rules import rule_of
 
 MINI = """
 name: mini
@@ -62,3 +71,51 @@ def widened(model: Path, folder: Path, window: int = 4096) -> Path:
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": window}))
     return folder
+
+
+def client(served: Served, key: str = "anna", **headers: str) -> httpx.AsyncClient:
+    """Return a client of the HTTP side with a key."""
+    return httpx.AsyncClient(
+        base_url=f"{served.http}/v1", headers={"authorization": f"Bearer {served.keys[key]}", **headers}, timeout=300
+    )
+
+
+def events_of(text: str) -> list[tuple[str, str, Any]]:
+    """Return (id, event, data) of server-sent events."""
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line and not line.startswith(":"))
+        if "data" in fields:
+            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def spoken(text: str, language: str, *forbid: str) -> bool:
+    """Tell whether a text keeps to a language."""
+    rule = rule_of(language, forbid, "")
+    return rule is not None and rule.problem(text) == ""
+
+
+async def curl(served: Served, *arguments: str, key: str = "anna") -> str:
+    """Run curl and return the raw bytes that came, as text."""
+    process = await asyncio.create_subprocess_exec(
+        *("curl", "-sS", "-N", "--max-time", "200", "-H", f"authorization: Bearer {served.keys[key]}"),
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    return output.decode()
+
+
+def prompts_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that fills with the prompts that the engine is given, as text with their control tokens."""
+    serving = served.component.extra["host"].serving()
+    told: list[str] = []
+    generate: Callable[[Any], Any] = serving.engine.generate
+
+    def recorded(request: Any) -> Any:
+        told.append(serving.chat_format.tokenizer.decode(request.prompt_ids))
+        return generate(request)
+
+    monkeypatch.setattr(serving.engine, "generate", recorded)
+    return told

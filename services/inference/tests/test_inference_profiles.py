@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-import httpx
+import jsonschema_rs
 import openai
 import pytest
 import pytest_asyncio
-from served_profiles import widened, write_profiles
+from served_profiles import client, curl, events_of, prompts_told, spoken, widened, write_profiles
 from served_toy import Served, ask, refused, served_toy
 
 from loraline.api.inference.v1 import inference_pb2 as pb
-from loraline.core.errors import LoralineError
 from loraline.core.testing.waiting import until
-from loraline.inference.engines.port import Constraint
-from loraline.inference.language.rules import rule_of
+from loraline.inference.profiles.profile import Profile
 from loraline.inference.profiles.registry import Profiles
-from loraline.inference.structured.shape import shape_of
+from loraline.inference.structured.shape import texts_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
+JSON_OBJECT = {"type": "json_object"}
 TYPED = {"structured_answer_cut", "structured_answer_invalid", "language_mismatch"}
 
 
@@ -50,38 +49,6 @@ async def served(request: Any, toy: Any, tmp_path_factory: Any) -> AsyncIterator
         one.new_key("anna")
         one.new_key("ben")
         yield one
-
-
-def client(served: Served, key: str = "anna", **headers: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=f"{served.http}/v1", headers={"authorization": f"Bearer {served.keys[key]}", **headers}, timeout=300
-    )
-
-
-def events_of(text: str) -> list[tuple[str, str, Any]]:
-    """Return (id, event, data) of server-sent events."""
-    found = []
-    for block in text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line and not line.startswith(":"))
-        if "data" in fields:
-            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
-    return found
-
-
-def spoken(text: str, language: str, *forbid: str) -> bool:
-    rule = rule_of(language, forbid, "")
-    return rule is not None and rule.problem(text) == ""
-
-
-async def curl(served: Served, *arguments: str, key: str = "anna") -> str:
-    """Run curl and return the raw bytes that came, as text."""
-    process = await asyncio.create_subprocess_exec(
-        *("curl", "-sS", "-N", "--max-time", "200", "-H", f"authorization: Bearer {served.keys[key]}"),
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    output, _ = await process.communicate()
-    return output.decode()
 
 
 async def test_profiles_are_listed(served: Served) -> None:
@@ -184,6 +151,8 @@ async def test_a_lost_stream_is_taken_up_again_by_its_owner_only(served: Served)
             async for text in response.aiter_text():
                 seen += text
                 if len(events_of(seen)) >= 3:
+                    # Boats come while the model still writes: it has some 300 to write.
+                    assert served.metric("loraline_inference_in_flight_requests") == 1
                     break
         last = events_of(seen)[2][0]
         async with client(served, key="ben") as other:
@@ -308,47 +277,150 @@ async def test_bad_shapes_over_http_name_the_field(served: Served) -> None:
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
-async def test_200_of_200_are_valid_or_typed_errors(served: Served, request: Any) -> None:
-    """Random weights say anything; what arrives is a valid answer or a typed error, and both are counted."""
-    many = "vllm" in request.node.name
-    asked = [
-        ("challenge", 700, {}),
-        ("challenge", 120, {}),
-        ("commands", 400, {}),
-        ("extract", 300, {}),
-        ("mini", 160, {}),
-    ]
-    profiles, outcomes = Profiles.load(None), Counter[str]()
-    gate = asyncio.Semaphore(32)
+def right(profile: Profile, answer: Any) -> bool:
+    """Tell by the schema alone, and by the letters of its texts, whether an answer is what the profile asks."""
+    whole = jsonschema_rs.validator_for(profile.answer).is_valid(answer)
+    korean = profile.language.answer != "ko" or not re.search(r"[A-Za-z0-9#*_`~<>🌀-🫿]", " ".join(texts_of(answer)))
+    return whole and korean
 
-    async def one(number: int, name: str, limit: int) -> None:
-        body = {
-            "input": "오늘은 바다에 갑니다. What shall I do?",
-            "max_tokens": limit,
-            "temperature": 1.0,
-            "seed": number,
-        }
-        async with gate:
-            answer = await http.post(f"/profiles/{name}", json={**body, "retries": 0})
-        content = answer.json()
+
+async def test_200_of_200_are_valid_or_typed_errors(served: Served, request: Any) -> None:
+    """Random weights say anything; what arrives is a valid answer or a typed error, as JSON and as events."""
+    many = "vllm" in request.node.name
+    limits = {"challenge": 2000, "commands": 1200, "extract": 1200, "mini": 160, "cut": 120} if many else {"mini": 160}
+    profiles: Profiles = served.component.extra["profiles"]
+    outcomes: Counter[tuple[str, str, str]] = Counter()
+    gate, streams = asyncio.Semaphore(32), asyncio.Semaphore(8)  # profile_max_streams
+
+    async def one(number: int, which: str, how: str) -> None:
+        name = "challenge" if which == "cut" else which
+        body = {"input": "오늘은 바다에 갑니다. What shall I do?", "max_tokens": limits[which], "temperature": 1.0}
+        body |= {"seed": number, "retries": 0}
+        async with gate, streams if how == "events" else contextlib.nullcontext():
+            accept = "text/event-stream" if how == "events" else "application/json"
+            answer = await http.post(f"/profiles/{name}", json=body, headers={"accept": accept})
         if answer.status_code != 200:
-            assert content["error"]["code"] in TYPED, content
-            outcomes[content["error"]["code"]] += 1
-            return
-        outcomes["ok"] += 1
-        if name != "mini":
-            profile = profiles.get(name)
-            rule = rule_of(profile.language.answer, profile.language.forbid, "")
-            shape = shape_of(Constraint("json_schema", profile.answer), rule)
-            assert shape is not None and shape.problem(json.dumps(content["answer"])) is None
+            code = answer.json()["error"]["code"]
+        elif how == "json":
+            assert right(profiles.get(name), answer.json()["answer"])
+            code = "ok"
+        else:
+            found = events_of(answer.text)
+            _, last, data = found[-1]
+            code = {"close": "ok", "error": data.get("code")}[last]
+            stream = profiles.get(name).stream
+            items = [item for _, event, item in found if stream and event == stream.event]
+            if stream and code == "ok":
+                assert right(profiles.get(name), data) and items == data[stream.field]
+        assert code in {"ok", *TYPED}, answer.text
+        outcomes[which, how, code] += 1
 
     async with client(served) as http:
-        chosen = [asked[number % len(asked)] for number in range(200)] if many else [("mini", 100, {})] * 6
-        await asyncio.gather(*(one(number, name, limit) for number, (name, limit, _) in enumerate(chosen)))
+        hows = ("json", "events")
+        chosen = [(which, how) for which in limits for how in hows] * (20 if many else 3)
+        await asyncio.gather(*(one(number, *asked) for number, asked in enumerate(chosen)))
     print(f"outcomes: {dict(outcomes)}")
-    assert outcomes.total() == len(chosen)
-    assert outcomes["ok"] and (outcomes["structured_answer_cut"] or not many)
-    assert served.metric("loraline_inference_in_flight_requests") == 0
+    assert outcomes.total() == len(chosen) == (200 if many else 6)
+    for which, how in set(chosen):
+        assert outcomes[which, how, "ok" if which != "cut" else "structured_answer_cut"] >= 1, (which, how)
+    # Its slot is free a moment after an answer's last event.
+    await until(lambda: served.metric("loraline_inference_in_flight_requests") == 0, "the slots to be free", 60)
+
+
+BASICS = {"location": "바닷가 마을", "work_type": "집에서", "category": "걷기"}
+BASICS_AS_ASKED = "사는 곳: 바닷가 마을\n일하는 방식: 집에서\n챌린지 분야: 걷기"
+IN_WORDS = "바닷가 마을에 살고 집에서 일해요. 걷기 챌린지를 추천해 주세요."
+
+
+async def test_challenges_of_basics_and_of_words_in_a_session(
+    served: Served, request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, prompts = served.component.extra["profiles"].get("challenge"), prompts_told(served, monkeypatch)
+
+    async def one(given: Any, words: str, how: str) -> None:
+        session = (await http.post("/sessions", json={"category": "걷기", "system_prompt": "다정하게 말해라."})).json()
+        body = {"input": given, "session": session["name"], "max_tokens": 2000, "seed": 5, "retries": 3}
+        headers = {"accept": "text/event-stream" if how == "events" else "application/json"}
+        answer = await http.post("/profiles/challenge", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        if how == "events":
+            *items, (_, figures, _), (_, close, whole) = events_of(answer.text)
+            assert {name for _, name, _ in items} == {"challenge"} and (figures, close) == ("figures", "close")
+            assert [item for _, _, item in items] == whole["challenges"]
+        else:
+            whole = answer.json()["answer"]
+        assert right(profile, whole) and 1 <= len(whole["challenges"]) <= 3
+        kept = (await http.get(f"/sessions/{session['name']}")).json()
+        assert kept["category"] == "걷기"
+        assert [(message["role"], message["content"]) for message in kept["messages"][:1]] == [("user", words)]
+        assert json.loads(kept["messages"][1]["content"]) == whole
+
+    asked = [(given, words, how) for how in ("events", "json") for given, words in (
+        (BASICS, BASICS_AS_ASKED), (IN_WORDS, IN_WORDS)
+    )]  # fmt: skip
+    if "vllm" not in request.node.name:
+        asked = asked[:1]  # seconds each where one answer does not run beside the other
+    async with client(served) as http:
+        await asyncio.gather(*(one(*each) for each in asked))
+    for _, words, _ in asked:
+        told = next(prompt for prompt in prompts if words in prompt)
+        assert "다정하게 말해라." in told and profile.system_prompt in told
+        assert told.count("<|im_start|>system") == 1
+
+
+PAGE = "<html><body><h1>Mareva's boats</h1><p>Price: <b>12 pearls</b></p></body></html>"
+WANTED = {"document": PAGE, "wanted": "title, price"}
+ORDER = {"instruction": "Scout goes to the pier, the ferry waits 5 minutes.", "agents": "scout, ferry"}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words", "event", "field"),
+    [
+        ("extract", WANTED, f"Document: {WANTED['document']}\nFields: title, price", "field", "fields"),
+        ("commands", ORDER, f"Instruction: {ORDER['instruction']}\nAgents: scout, ferry", "command", "commands"),
+    ],
+)
+async def test_what_is_extracted_and_commanded_comes_item_by_item(
+    served: Served, name: str, given: Any, words: str, event: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, prompts = served.component.extra["profiles"].get(name), prompts_told(served, monkeypatch)
+    item = jsonschema_rs.validator_for(profile.answer["properties"][field]["items"])
+    body = {"input": given, "max_tokens": 700, "temperature": 1.0, "retries": 0}
+    async with client(served, accept="text/event-stream") as http:
+        answers = await asyncio.gather(*(http.post(f"/profiles/{name}", json={**body, "seed": n}) for n in range(4)))
+    items = 0
+    for answer in answers:  # random weights may write on until they are cut
+        if answer.status_code != 200:
+            assert answer.json()["error"]["code"] in TYPED
+            continue
+        *found, (_, last, data) = events_of(answer.text)
+        told = [content for _, kind, content in found if kind == event]
+        assert all(item.is_valid(content) for content in told)
+        assert data[field] == told if last == "close" else (last, data["code"]) == ("error", "structured_answer_cut")
+        items += len(told)
+    assert items >= 1
+    assert len(prompts) == 4
+    assert all(
+        f"<|im_start|>user\n{words}<|im_end|>" in prompt and profile.system_prompt in prompt for prompt in prompts
+    )
+
+
+async def test_json_only_is_an_object_or_a_typed_error(served: Served) -> None:
+    shaped = ask(max_tokens=1500, temperature=1.0)
+    shaped.structured.json_only, shaped.structured.retries = True, 5
+    told = "".join(piece.delta for piece in await served.chat(shaped))
+    assert isinstance(json.loads(told), dict), told
+    shaped.sampling.max_tokens, shaped.structured.retries = 1, 0
+    error = await refused(served.chat(shaped))
+    assert (error.reason, error.metadata["try_max_tokens"]) == ("STRUCTURED_ANSWER_CUT", "2")
+    body = {"model": "toy", "messages": [{"role": "user", "content": "Boats?"}], "response_format": JSON_OBJECT}
+    async with client(served) as http:
+        whole = (await http.post("/chat/completions", json={**body, "max_tokens": 1500, "retries": 5})).json()
+        assert isinstance(json.loads(whole["choices"][0]["message"]["content"]), dict), whole
+        cut = await http.post("/chat/completions", json={**body, "max_tokens": 1, "retries": 0})
+        assert (cut.status_code, cut.json()["error"]["code"]) == (400, "structured_answer_cut")
+        plain = (await http.post("/chat/completions", json={**body, "max_tokens": 1})).json()
+        assert plain["choices"][0]["finish_reason"] == "length"  # as OpenAI has it, where nothing was said of retries
 
 
 async def test_retries_ask_again_and_are_counted(served: Served) -> None:
@@ -360,40 +432,3 @@ async def test_retries_ask_again_and_are_counted(served: Served) -> None:
     assert error.reason == "STRUCTURED_ANSWER_CUT"
     after = served.metric("loraline_inference_structured_retries_total", reason="STRUCTURED_ANSWER_CUT")
     assert after == before + 2
-
-
-@pytest.mark.parametrize(
-    ("field", "text"),
-    [
-        ("profile", "- a"),
-        ("profile", "a: ["),
-        ("answer", "name: x\ndescription: d"),
-        ("Name", "Name: x\nname: x\ndescription: d\nanswer: {type: object}"),
-        ("name", "name: X y\ndescription: d\nanswer: {type: object}"),
-        ("answer.type", "name: x\ndescription: d\nanswer: {type: array}"),
-        ("answer", "name: x\ndescription: d\nanswer: {type: object, properties: {a: {type: strin}}}"),
-        ("language.answer", "name: x\ndescription: d\nanswer: {type: object}\nlanguage: {answer: fr}"),
-        ("language.forbid", "name: x\ndescription: d\nanswer: {type: object}\nlanguage: {forbid: [kanji]}"),
-        ("stream.field", "name: x\ndescription: d\nanswer: {type: object}\nstream: {field: a, event: b}"),
-        ("input", "name: x\ndescription: d\nanswer: {type: object}\ninput: {free_text: false}"),
-        ("sampling.max_tokens", "name: x\ndescription: d\nanswer: {type: object}\nsampling: {max_tokens: 0}"),
-    ],
-)
-async def test_wrong_profile_files_name_file_and_field(field: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / "wrong.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(LoralineError) as caught:
-        Profiles.load(tmp_path)
-    assert caught.value.reason == "PROFILE_INVALID"
-    assert "wrong.yaml" in caught.value.message
-    assert list(caught.value.fields) == [field]
-    with pytest.raises(LoralineError, match="no folder"):
-        Profiles.load(tmp_path / "missing")
-
-
-async def test_a_profile_of_ones_own_replaces_a_built_in_one(tmp_path: Path) -> None:
-    text = "name: extract\ndescription: mine\nanswer: {type: object}"
-    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    assert Profiles.load(tmp_path).get("extract").description == "mine"
-    (tmp_path / "twice.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(LoralineError, match=r"mine\.yaml"):
-        Profiles.load(tmp_path)
