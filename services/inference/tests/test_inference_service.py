@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
-from google.rpc import status_pb2
+from served_toy import ask, refused
 
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
@@ -25,12 +25,12 @@ from loraline.api.inference.v1 import inference_pb2_grpc
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.core.artifacts.refs import parse_ref
 from loraline.core.config import CoreSettings
-from loraline.core.errors import LoralineError
 from loraline.core.evidence.probes import Probe, ProbeSet, load_probes
 from loraline.core.evidence.receipt import ReceiptRow, TokenReceipt, load_receipt
 from loraline.core.serving.component import Component, Platform
 from loraline.core.serving.opening import open_platform
 from loraline.core.serving.server import serve
+from loraline.core.testing.waiting import until
 from loraline.inference.component import build
 from loraline.inference.config import InferenceSettings
 
@@ -60,15 +60,6 @@ class Service:
 
     def metric(self, name: str, **labels: str) -> float:
         return self.platform.registry.get_sample_value(name, labels) or 0.0
-
-
-async def refused(call: Any) -> LoralineError:
-    """Return the typed error of a call that must fail."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    trailing = dict(caught.value.trailing_metadata() or ())  # type: ignore[call-overload]
-    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])  # type: ignore[arg-type]
-    return LoralineError.from_status(status)
 
 
 @pytest_asyncio.fixture(
@@ -123,14 +114,6 @@ async def service(request: Any, toy: Any, tmp_path_factory: Any) -> AsyncIterato
     stop.set()
     await running
     platform.database.close()
-
-
-def ask(text: str = "Tell me about the storm", model: str = "", **sampling: Any) -> pb.ChatRequest:
-    return pb.ChatRequest(
-        model=model,
-        messages=[pb.Message(role="user", content=text)],
-        sampling=pb.SamplingParameters(**{"max_tokens": 24, "temperature": 0.0, **sampling}),
-    )
 
 
 async def test_chat_streams_and_ends_with_figures(service: Service) -> None:
@@ -215,14 +198,19 @@ async def test_aliases_move_back_and_forth_and_adapters_swap(service: Service, t
     one = parse_ref("adapter/mareva:v1")
     two = service.publish("mareva", toy.adapters["selkie"])
     assert two.version == 2
+    said: list[str] = []
     for ref in (one, two):
         answer = await service.call("SetAlias", pb.SetAliasRequest(adapter=ref, alias="production"))
         assert answer.change.to_version == ref.version
-        assert (await service.chat(ask(model="mareva@production")))[0].model == f"mareva:v{ref.version}"
+        pieces = await service.chat(ask(model="mareva@production"))
+        assert pieces[0].model == f"mareva:v{ref.version}"
+        said.append("".join(piece.delta for piece in pieces))
+    assert said[0] != said[1]  # other weights, not only another name
     back = await service.call("Rollback", pb.RollbackRequest(name="mareva", alias="production"))
     assert (back.change.from_version, back.change.to_version) == (2, 1)
     assert list(back.model.aliases) == ["production"]
-    assert (await service.chat(ask(model="mareva@production")))[0].model == "mareva:v1"
+    pieces = await service.chat(ask(model="mareva@production"))
+    assert (pieces[0].model, "".join(piece.delta for piece in pieces)) == ("mareva:v1", said[0])
     state = json.loads((service.settings.data_dir / "inference" / "state.json").read_text())
     assert state["adapters"] == ["adapter/mareva:v1", "adapter/mareva:v2"]
 
@@ -467,6 +455,31 @@ async def test_http_client_that_goes_away_frees_the_slot(service: Service) -> No
         await asyncio.sleep(0.05)
     assert service.metric("loraline_inference_in_flight_requests") == 0
     assert service.metric("loraline_inference_requests_total", model_kind="base", outcome="cancelled") >= before + 2
+
+
+async def test_answers_in_flight_keep_the_model_of_an_alias_that_moves(service: Service, toy: Any) -> None:
+    one, two = (service.publish("captain", toy.adapters[name]) for name in ("mareva", "selkie"))
+    for ref in (two, one):  # both are in the engine then
+        await service.call("SetAlias", pb.SetAliasRequest(adapter=ref, alias="production"))
+
+    held = next(a for a in service.component.extra["host"].serving().adapters.list() if a.name == "captain:v1")
+
+    async def next_one() -> str:
+        return (await service.chat(ask(model="captain@production", max_tokens=1)))[0].model
+
+    request = ask(model="captain@production", max_tokens=400, temperature=1.0)
+    request.structured.regex = "[a-z]{390}"
+    running = [asyncio.create_task(service.chat(request)) for _ in range(4)]
+    await until(lambda: held.users == 4, "the answers to begin")
+    await service.call("SetAlias", pb.SetAliasRequest(adapter=two, alias="production"))
+    assert held.users >= 1  # the alias moved under them
+    assert await next_one() == "captain:v2"
+    await service.call("Rollback", pb.RollbackRequest(name="captain", alias="production"))
+    assert await next_one() == "captain:v1"
+    for pieces in await asyncio.gather(*running):
+        text = "".join(piece.delta for piece in pieces)
+        assert pieces[0].model == "captain:v1"
+        assert len(text) == 390 and text.isalpha()
 
 
 async def test_loading_the_same_model_again_changes_nothing(service: Service) -> None:
