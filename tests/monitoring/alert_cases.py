@@ -151,7 +151,7 @@ FIRES: dict[str, Case | list[Case]] = {
     "JobsWithoutRunner": Case(_queue("1x60", "0x60", "0+60x60"), 20),
     "ArtifactVerificationFailed": Case(_one("loraline_artifact_verification_failures_total", MERGER, "0x10 1x20"), 20),
     "MergeRefused": Case(
-        _one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_THE_MODEL"', "_x10 1x10"), 15
+        _one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_MODEL"', "_x10 1x10"), 15
     ),
     "AdapterProofFailed": Case(
         _one("loraline_inference_adapter_loads_total", f'{INFERENCE},result="PROOF_FAILED"', "0x10 1x20"), 20
@@ -227,7 +227,7 @@ STAYS_QUIET: dict[str, list[Case]] = {
     "JobsWithoutRunner": [Case(_queue("1x60", "1x60", "0+60x30 0x30"), 25)],
     "ArtifactVerificationFailed": [Case(_one("loraline_artifact_verification_failures_total", MERGER, "0x30"), 20)],
     "MergeRefused": [
-        Case(_one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_THE_MODEL"', "2x90"), 80),
+        Case(_one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_MODEL"', "2x90"), 80),
     ],
     "AdapterProofFailed": [
         Case(_one("loraline_inference_adapter_loads_total", f'{INFERENCE},result="loaded"', "0+1x30"), 20),
