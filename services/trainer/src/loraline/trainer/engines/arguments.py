@@ -76,8 +76,9 @@ def _schedule(rows: int, spec: TrainingSpec, *, evaluates: bool) -> dict[str, An
         "save_strategy": "steps",
         "save_steps": save_steps,
         "load_best_model_at_end": stops_early,
-        "metric_for_best_model": "eval_loss" if stops_early else None,
-        "greater_is_better": False if stops_early else None,
+        # The best state is known, and kept by rotation, whether or not it ends the run.
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False if evaluates else None,
         "restore_callback_states_from_checkpoint": stops_early,
     }
 
@@ -86,7 +87,8 @@ def _computing(spec: TrainingSpec, precision: Precision) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "per_device_train_batch_size": spec.batch_size,
-        "per_device_eval_batch_size": max(8, spec.batch_size),
+        # As in training, so that an evaluation that runs out of memory gets smaller batches with it.
+        "per_device_eval_batch_size": spec.batch_size,
         "gradient_accumulation_steps": spec.grad_accum,
         "use_cpu": not gpu,
         "bf16": precision.dtype == "bf16",

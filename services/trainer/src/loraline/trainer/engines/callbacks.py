@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraline.core.errors import failed_precondition
 from loraline.trainer import checkpoints
 from loraline.trainer.engines import ranks
+from loraline.trainer.engines.data_position import DataPosition
 
 REWARDS = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
 """Our names of what DPO measures, and TRL's."""
@@ -82,6 +83,7 @@ class LiveProgress(TrainerCallback):
         """Take over the figures of a step or an evaluation."""
         logs = logs or {}
         if "loss" in logs:
+            _refuse_not_finite(logs, state.global_step, scaled=args.fp16)
             self._take_step(logs, state.global_step)
             rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             if self.metrics.get("step_seconds"):
@@ -96,12 +98,6 @@ class LiveProgress(TrainerCallback):
         self.observer.progress(state.global_step, state.max_steps, eta, dict(self.metrics))
 
     def _take_step(self, logs: dict[str, float], step: int) -> None:
-        if not math.isfinite(float(logs["loss"])):
-            message = (
-                f"The loss is {logs['loss']} at step {step}: the run diverged. Lower parameters.learning_rate, or use "
-                "parameters.dtype fp32."
-            )
-            raise failed_precondition("LOSS_NOT_FINITE", message, step=str(step))
         now, tokens = self.clock(), float(logs.get("num_tokens", 0.0))
         if step > self.last_step:
             self.metrics["step_seconds"] = (now - self.last_time) / (step - self.last_step)
@@ -113,29 +109,82 @@ class LiveProgress(TrainerCallback):
         self.metrics |= {name: float(logs[logged]) for name, logged in _LOGGED.items() if logged in logs}
 
 
+def _refuse_not_finite(logs: dict[str, float], step: int, *, scaled: bool) -> None:
+    """End a run before the checkpoint of a step whose loss or gradient is no number: its weights are none either.
+
+    With `scaled` losses (fp16) single steps overflow as a matter of course; the scaler leaves such gradients out.
+    """
+    looked_at = ("loss",) if scaled else ("loss", "grad_norm")
+    for name in looked_at:
+        if name in logs and not math.isfinite(float(logs[name])):
+            what = "loss" if name == "loss" else "gradient's norm"
+            message = (
+                f"The {what} is {logs[name]} at step {step}: the run diverged. Lower parameters.learning_rate, or use "
+                "parameters.dtype fp32."
+            )
+            raise failed_precondition("LOSS_NOT_FINITE", message, step=str(step))
+
+
+class EvaluationCut(Exception):
+    """Raised within an evaluation that shall not be finished."""
+
+
 class Stopping(TrainerCallback):
-    """Ends a run that was asked to stop: with a checkpoint, unless it is cancelled."""
+    """Ends a run that was asked to stop: with a checkpoint, unless it is cancelled.
+
+    The wish is looked for after each step, batch of an evaluation, and sample answer, so that none of them keeps the
+    checkpoint waiting. Whoever goes on makes up for what was cut short, so that the log has no gap.
+    """
 
     def __init__(self, observer: RunObserver):
         self.observer = observer
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look once a step; what the first process sees goes for all."""
+        """Leave out an evaluation that is due."""
+        if self._asked(control):
+            control.should_evaluate = False
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave an evaluation in its middle."""
+        if self._asked(control):
+            raise EvaluationCut
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look once more, for the sample answers may have been cut short."""
+        self._asked(control)
+
+    def _asked(self, control: TrainerControl) -> bool:
+        """Look for the wish and obey it; what the first process sees goes for all."""
         cause = ranks.from_first(self.observer.stop_cause)
         if cause:
             self.stopped = True
             control.should_training_stop = True
-            # A hand-over has little time; a pause may finish what is due, so that the log has no gap.
-            control.should_evaluate = control.should_evaluate and cause == "pause"
             control.should_save = cause != "cancel"
+        return bool(cause)
 
 
 class SealedCheckpoints(TrainerCallback):
     """Seals each checkpoint after it was written, then lets old ones go."""
 
-    def __init__(self, observer: RunObserver, *, keep: int):
-        self.observer, self.keep = observer, keep
+    def __init__(self, observer: RunObserver, *, keep: int, position: DataPosition):
+        self.observer, self.keep, self.position = observer, keep, position
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Have the best state so far saved, whatever save_steps says: rotation can only keep what there is."""
+        loss = (metrics or {}).get("eval_loss", math.inf)
+        cancelled = control.should_training_stop and not control.should_save
+        if not cancelled and loss < (math.inf if state.best_metric is None else state.best_metric):
+            control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal the checkpoint of this step, once every process has written its part."""
@@ -145,6 +194,7 @@ class SealedCheckpoints(TrainerCallback):
         begin = time.monotonic()
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
+        self.position.save(checkpoint)
         checkpoints.seal(checkpoint)
         self.observer.saved(checkpoint)
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None

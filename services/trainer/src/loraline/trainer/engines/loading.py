@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from loraline.core.errors import LoralineError, failed_precondition, invalid_argument, unsupported
+from loraline.core.errors import failed_precondition, invalid_argument, unsupported
+from loraline.trainer import quantization as bits
+from loraline.trainer.engines.exhaustion import is_out_of_memory
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_QUANTIZED = {"nf4", "int8"}
 # Weights take about their size on disk; activations, adapter and optimizer need room beside them.
 _SHARE_FOR_WEIGHTS = 0.6
 
@@ -34,6 +34,8 @@ class Precision:
     """All weights are trained: they are held in float32 whatever they are computed in, so that small steps add up."""
     saved: str = "fp32"
     """Type that a whole model is saved in: the base's own."""
+    fallback: str = ""
+    """Why AUTO does without quantisation although memory is tight; empty where it does not."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -58,10 +60,10 @@ def choose_precision(dtype: str, quantization: str, folder: Path, *, full: bool 
         raise unsupported("parameters.dtype fp16 without a GPU", "Use fp32 or bf16.")
     if full:
         return Precision(dtype, "none", "none: all weights are trained", full=True, saved=_stored_type(folder))
-    if quantization in _QUANTIZED:
-        missing = _quantization_problem()
-        if missing:
-            raise _quantization_unavailable(quantization, missing)
+    if quantization in bits.QUANTIZED:
+        problem = _quantization_problem()
+        if problem:
+            raise bits.unavailable(quantization, problem)
         return Precision(dtype, quantization, f"{quantization} as asked for")
     if quantization == "none":
         return Precision(dtype, "none", "none, as asked for")
@@ -82,31 +84,28 @@ def _automatic(dtype: str, folder: Path, *, gpu: bool) -> Precision:
     free, _ = torch.cuda.mem_get_info()
     if size < _SHARE_FOR_WEIGHTS * free:
         return Precision(dtype, "none", f"none: {size / 1e9:.1f} GB of weights fit {free / 1e9:.1f} GB of GPU memory")
-    missing = _quantization_problem()
-    if missing:
-        return Precision(dtype, "none", f"none, although the GPU's memory is tight: {missing}")
+    problem = _quantization_problem()
+    if problem:
+        return Precision(dtype, "none", f"none, although the GPU's memory is tight: {problem}", fallback=problem)
     return Precision(dtype, "nf4", f"nf4: {size / 1e9:.1f} GB of weights for {free / 1e9:.1f} GB of free GPU memory")
 
 
 def _quantization_problem() -> str:
-    """Return why bitsandbytes cannot be used; empty when it can."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed"
+    """Return why bitsandbytes cannot be used on the device that would train; empty when it can."""
+    if missing := bits.missing():
+        return missing
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         from bitsandbytes import functional  # type: ignore[import-not-found]
 
-        functional.quantize_4bit(torch.zeros(64, 64), quant_type="nf4")
+        # Its part for the GPU is a library of its own, which may be missing or made for another CUDA.
+        ones = torch.ones(64, 64, device=device)
+        back = functional.dequantize_4bit(*functional.quantize_4bit(ones, quant_type="nf4"))
+        if not torch.allclose(back, ones, atol=0.01):
+            return f"bitsandbytes gives back other weights than it was given on {device.type}"
     except Exception as error:
-        return f"bitsandbytes does not work on this machine ({type(error).__name__}: {error})"
+        return f"bitsandbytes does not work on {device.type} here ({type(error).__name__}: {error})"
     return ""
-
-
-def _quantization_unavailable(wish: str, missing: str) -> LoralineError:
-    message = (
-        f"parameters.quantization asks for {wish}, but {missing}. Install loraline-trainer[quantization], or set "
-        "parameters.quantization to QUANTIZATION_NONE or QUANTIZATION_AUTO."
-    )
-    return failed_precondition("QUANTIZATION_UNAVAILABLE", message)
 
 
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -125,7 +124,10 @@ def model_limits(folder: Path, *, remote_code: bool = False) -> tuple[int, int]:
 
 
 def load_model(folder: Path, precision: Precision, *, remote_code: bool = False) -> Any:
-    """Load the base's weights from safetensors. FAILED_PRECONDITION (MODEL_UNREADABLE) when they do not load."""
+    """Load the base's weights from safetensors.
+
+    Raises FAILED_PRECONDITION (MODEL_UNREADABLE) when they do not load; the library's own error when memory runs out.
+    """
     options: dict[str, Any] = {"dtype": precision.torch_dtype, "use_safetensors": True}
     if precision.quantization != "none":
         from transformers import BitsAndBytesConfig
@@ -144,6 +146,8 @@ def load_model(folder: Path, precision: Precision, *, remote_code: bool = False)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=remote_code, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         message = f"The model {folder.name} cannot be loaded: {error}"
         raise failed_precondition("MODEL_UNREADABLE", message) from error
     _leave_unpacked(model)
@@ -171,6 +175,8 @@ def load_adapter(model: Any, folder: Path, *, dropout: float) -> Any:
         config.base_model_name_or_path = model.config.name_or_path
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         message = f"init_adapter cannot be put onto the base: {error}"
         raise failed_precondition("INIT_ADAPTER_UNREADABLE", message) from error
 

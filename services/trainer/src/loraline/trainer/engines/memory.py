@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraline.core.errors import LoralineError, resource_exhausted
 from loraline.trainer.base_models import ResolvedBase
 from loraline.trainer.engines import ranks, sft
 from loraline.trainer.engines.callbacks import RunObserver
+from loraline.trainer.engines.exhaustion import is_out_of_memory, release
 from loraline.trainer.engines.loading import Precision, load_model
 from loraline.trainer.engines.preparing import PreparedData
 from loraline.trainer.spec import TrainingSpec
@@ -33,24 +32,28 @@ def train_within_memory(
 
     When memory runs out the micro-batch is divided and accumulation multiplied, so that the effective batch and the
     order of rows stay; at a micro-batch of one, activations are recomputed (gradient checkpointing). Each time the run
-    goes on from its last checkpoint. Raises RESOURCE_EXHAUSTED (OUT_OF_MEMORY) when nothing is left to give up.
+    goes on from its last checkpoint. Raises RESOURCE_EXHAUSTED (OUT_OF_MEMORY) when nothing is left to give up, and
+    when the base alone does not fit.
     """
     now = spec
     while True:
-        model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
+        model = None
         try:
+            model = load_model(base.folder, precision, remote_code=base.trust_remote_code)
             return sft.train(model, tokenizer, data, now, precision, folder, observer, target, start), now
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if model is None:  # batches have no part in it
+                raise base_too_large(precision) from error
             if ranks.count() > 1:
                 raise  # the others wait for this one for ever: all of them are started anew, with less
             smaller = with_less_memory(now)
             if smaller is None:
-                raise out_of_memory(now) from error
+                raise out_of_memory(now, precision.quantization) from error
         # Outside the handler, whose traceback would hold on to the activations.
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         tell(now, smaller, observer)
         now = smaller
 
@@ -76,15 +79,40 @@ def tell(before: TrainingSpec, after: TrainingSpec, observer: RunObserver) -> No
     observer.note(f"memory ran out: {what}", severity="warning", reason="OUT_OF_MEMORY_RECOVERED")
 
 
-def out_of_memory(spec: TrainingSpec) -> LoralineError:
-    """Return RESOURCE_EXHAUSTED (OUT_OF_MEMORY) with what the run's settings leave to turn down."""
-    less = (
-        "train an adapter instead of all weights (METHOD_LORA)"
-        if spec.full
-        else f"set parameters.quantization to QUANTIZATION_NF4, lower parameters.lora.r (now {spec.lora.r})"
-    )
+def out_of_memory(spec: TrainingSpec, quantization: str = "") -> LoralineError:
+    """Return RESOURCE_EXHAUSTED (OUT_OF_MEMORY) with what the run's settings leave to turn down, and what is in force.
+
+    `quantization` is what the base was loaded with, where that is known; AUTO decides by the machine.
+    """
+    less = [f"lower parameters.max_length (now {spec.max_length})"]
+    if spec.batch_size > 1:
+        effective = f"{spec.batch_size} × {spec.grad_accum}"
+        less.append(f"lower parameters.batch_size and raise parameters.grad_accum by as much (now {effective})")
+    if spec.full:
+        less.append("train an adapter instead of all weights (METHOD_LORA)")
+    else:
+        if (quantization or spec.quantization) != "nf4":
+            less.append("set parameters.quantization to QUANTIZATION_NF4")
+        less.append(f"lower parameters.lora.r (now {spec.lora.r})")
+    less.append("take a smaller base model or a larger GPU")
     message = (
-        f"Memory ran out even with one row at a time and recomputed activations. In this order: lower "
-        f"parameters.max_length (now {spec.max_length}), {less}, take a smaller base model or a larger GPU."
+        f"Memory ran out even with recomputed activations and parameters.batch_size {spec.batch_size}, "
+        f"parameters.grad_accum {spec.grad_accum}. In this order: {', '.join(less)}."
+    )
+    return resource_exhausted("OUT_OF_MEMORY", message)
+
+
+def base_too_large(precision: Precision) -> LoralineError:
+    """Return RESOURCE_EXHAUSTED (OUT_OF_MEMORY) of a base whose weights alone need more memory than there is."""
+    less = ["end what else takes up its memory (`nvidia-smi` tells)"]
+    if precision.full:
+        less.append("train an adapter instead of all weights (METHOD_LORA)")
+    elif precision.quantization != "nf4":
+        less.append("set parameters.quantization to QUANTIZATION_NF4")
+    less.append("take a smaller base model or a larger GPU")
+    held = precision.quantization if precision.quantization != "none" else "fp32" if precision.full else precision.dtype
+    message = (
+        f"Memory ran out while the base was loaded, before the first row: its weights do not fit as {held}. "
+        f"In this order: {', '.join(less)}."
     )
     return resource_exhausted("OUT_OF_MEMORY", message)

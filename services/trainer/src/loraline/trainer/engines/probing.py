@@ -33,27 +33,31 @@ def measure(
     seed: int,
     remote_code: bool = False,
     precision: Precision | None = None,
+    device: str = "",
 ) -> ProbeSet:
     """Measure about eight probes under the base and under what was trained: the folder of an adapter, or of a model.
 
-    float32 unless another precision is given. Raises FAILED_PRECONDITION (ADAPTER_WITHOUT_EFFECT) when the training
-    changed nothing.
+    In float32 unless another precision is given, on the GPU where there is one unless another device is named. Raises
+    FAILED_PRECONDITION (ADAPTER_WITHOUT_EFFECT) when the training changed nothing; torch's error when memory runs out.
     """
     precision = precision or Precision("fp32", "none", "probes")
+    device = device or default_device()
     prompts = _prompts(train, validation, seed)
     if (tuned / "adapter_config.json").is_file():
-        model = _ready(PeftModel.from_pretrained(load_model(base, precision, remote_code=remote_code), str(tuned)))
+        adapted = PeftModel.from_pretrained(load_model(base, precision, remote_code=remote_code), str(tuned))
+        model = _ready(adapted, precision, device)
         told = [_respond(model, encoder, *prompt) for prompt in prompts]
         with model.disable_adapter():
             before = [logprobs(model, one.prompt_ids, one.response_ids) for one in told]
     else:
-        model = _ready(load_model(tuned, precision, remote_code=remote_code))
+        model = _ready(load_model(tuned, precision, remote_code=remote_code), precision, device)
         told = [_respond(model, encoder, *prompt) for prompt in prompts]
         del model  # two whole models need not be held at a time
-        model = _ready(load_model(base, precision, remote_code=remote_code))
+        model = _ready(load_model(base, precision, remote_code=remote_code), precision, device)
         before = [logprobs(model, one.prompt_ids, one.response_ids) for one in told]
     probes = [replace(one, base_logprobs=figures) for one, figures in zip(told, before, strict=True)]
-    found = ProbeSet(str(precision.torch_dtype).removeprefix("torch."), probes)
+    plain = precision.quantization == "none"
+    found = ProbeSet(str(precision.torch_dtype).removeprefix("torch.") if plain else precision.quantization, probes)
     if not found.max_shift >= MIN_SHIFT:
         message = (
             f"The training changes no log-probability by {MIN_SHIFT} nats or more: it did nothing. Raise "
@@ -63,9 +67,15 @@ def measure(
     return found
 
 
-def _ready(model: Any) -> Any:
+def default_device() -> str:
+    """Return where probes are measured if there is room."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _ready(model: Any, precision: Precision, device: str) -> Any:
     model = model.eval()
-    return model.to("cuda") if torch.cuda.is_available() else model
+    # A quantised model is where it was loaded.
+    return model.to(device) if precision.quantization == "none" else model
 
 
 def _respond(model: Any, encoder: ChatEncoder, name: str, prompt: Messages, response: str | None) -> Probe:

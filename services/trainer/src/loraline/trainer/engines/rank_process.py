@@ -24,6 +24,7 @@ def main() -> int:
 
     from loraline.core.errors import LoralineError
     from loraline.trainer.engines import training
+    from loraline.trainer.engines.exhaustion import is_out_of_memory
     from loraline.trainer.engines.rank_calls import RankObserver
 
     # Our own file: the job's process wrote it a moment ago into a folder that only its user may read.
@@ -42,12 +43,12 @@ def main() -> int:
         return 0
     except LoralineError as error:
         observer.call("failed", error=error)
-    except (torch.OutOfMemoryError, MemoryError):
-        traceback.print_exc()
-        observer.call("out_of_memory")
     except Exception as error:
         traceback.print_exc()
-        observer.call("crashed", text=f"rank {rank}: {type(error).__name__}: {error}")
+        if is_out_of_memory(error):
+            observer.call("out_of_memory")
+        else:
+            observer.call("crashed", text=f"rank {rank}: {type(error).__name__}: {error}")
     observer.call("part")
     # Others may wait for this one in the middle of a step; tearing down would wait for them.
     os._exit(1)

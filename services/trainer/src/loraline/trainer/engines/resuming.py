@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraline.core.errors import failed_precondition
 from loraline.trainer.engines.callbacks import RunObserver
+from loraline.trainer.engines.data_position import DataPosition
 
 _LAST = 20
 
@@ -51,15 +52,23 @@ def expected_band(losses: Sequence[float]) -> tuple[float, float]:
 
 
 class ResumeReceipt(TrainerCallback):
-    """Compares the first loss after resuming with the last ones before it."""
+    """Compares the rows and the first loss after resuming with those before it.
 
-    def __init__(self, observer: RunObserver):
-        self.observer = observer
+    Optimizer, scheduler and random numbers need no comparison: their files match the checkpoint's seal.
+    """
+
+    def __init__(self, observer: RunObserver, position: DataPosition):
+        self.observer, self.position = observer, position
         self.before: list[float] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep what was logged before."""
-        self.before = [entry["loss"] for entry in state.log_history if "loss" in entry] if state.global_step else []
+        """Keep what was logged before, and tell when the position in the data is one in other data."""
+        step = state.global_step
+        self.before = [entry["loss"] for entry in state.log_history if "loss" in entry] if step else []
+        changed = self.position.changed_since(Path(str(args.output_dir)) / f"checkpoint-{step}") if step else ""
+        if changed:
+            told = f"not those of the checkpoint: {changed}. Steps from here on see other rows than they would have"
+            self.observer.note(told, severity="warning", reason="RESUME_DATA_CHANGED")
 
     def on_log(
         self,

@@ -68,9 +68,15 @@ class SampleAnswers(TrainerCallback):
         self.taken: list[Sample] = []
         self._base: list[str] = []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep what was answered up to the checkpoint that the run goes on from."""
-        self.taken = [sample for sample in load_samples(self.file) if sample.step <= state.global_step]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Keep what was answered up to the checkpoint that the run goes on from; answer what was cut short there."""
+        step = state.global_step
+        self.taken = [sample for sample in load_samples(self.file) if sample.step <= step]
+        evaluated = any(entry.get("step") == step and "eval_loss" in entry for entry in state.log_history)
+        if evaluated and not any(sample.step == step for sample in self.taken):
+            self.take(model, step)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -85,14 +91,19 @@ class SampleAnswers(TrainerCallback):
                 self._base = [self._answer(model, prompt) for prompt in self.prompts]
 
     def take(self, model: Any, step: int) -> list[Sample]:
-        """Answer with base and adapter as they are now; an earlier answer at the same step is replaced."""
+        """Answer with base and adapter as they are now; an earlier answer at the same step is replaced.
+
+        None are given once the run shall stop: whoever goes on answers.
+        """
         if not ranks.first():
             return []
         with _answering(model):
             if self.prompts and not self._base:
                 with model.disable_adapter():
-                    self._base = [self._answer(model, prompt) for prompt in self.prompts]
-            tuned = [self._answer(model, prompt) for prompt in self.prompts]
+                    self._base = self._answers(model)
+            tuned = self._answers(model)
+        if len(tuned) < len(self.prompts):
+            return []
         new = [
             replace(prompt.sample, step=step, base=base, adapter=answer)
             for prompt, base, answer in zip(self.prompts, self._base, tuned, strict=True)
@@ -105,6 +116,15 @@ class SampleAnswers(TrainerCallback):
             told = f"at step {step}, to “{_short(new[0].prompt)}”: “{_short(new[0].adapter)}”"
             self.observer.note(told, reason="SAMPLE")
         return new
+
+    def _answers(self, model: Any) -> list[str]:
+        """Answer every prompt, or none when the run shall stop meanwhile."""
+        found: list[str] = []
+        for prompt in self.prompts:
+            if self.observer.stop_cause:
+                return []
+            found.append(self._answer(model, prompt))
+        return found
 
     def _answer(self, model: Any, prompt: SamplePrompt) -> str:
         ids = greedy(model, self.encoder.render(prompt.messages, prompt=True), self.encoder.eos_ids, MAX_TOKENS)

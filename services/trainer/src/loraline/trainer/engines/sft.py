@@ -15,6 +15,7 @@ from loraline.trainer import checkpoints
 from loraline.trainer.engines import ranks
 from loraline.trainer.engines.arguments import evaluation_steps, training_arguments
 from loraline.trainer.engines.callbacks import REWARDS, LiveProgress, RunObserver, SealedCheckpoints, Stopping
+from loraline.trainer.engines.data_position import data_position
 from loraline.trainer.engines.first_batch import show_first_batch
 from loraline.trainer.engines.loading import Precision, load_adapter
 from loraline.trainer.engines.packing import Pack, pack, pack_collator, pack_dataset
@@ -92,12 +93,15 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - begin
     log = list(trainer.state.log_history)
-    if not stopping.stopped:
+    stopped = stopping.stopped
+    if not stopped:
         start.samples.take(trainer.model, trainer.state.global_step)
-        if ranks.first():
-            _save(trainer.model, target, precision)
+        # The last step's checkpoint is there; whoever goes on from it answers and saves.
+        stopped = bool(ranks.from_first(observer.stop_cause))
+    if not stopped and ranks.first():
+        _save(trainer.model, target, precision)
     return TrainedRun(
-        stopped=stopping.stopped,
+        stopped=stopped,
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
         tokens=_tokens_seen(float(trainer.state.epoch or 0.0), shown.lengths, spec),
@@ -164,7 +168,7 @@ def _build(
         ),
         "processing_class": tokenizer,
         "peft_config": None if start.adapter or spec.full else lora_config(spec.lora),
-        "callbacks": _callbacks(observer, spec, start, stopping),
+        "callbacks": _callbacks(observer, shown, spec, start, stopping),
         "lengths": shown.lengths,
         "order_seed": spec.seed,
         **_datasets(shown, data, spec),
@@ -186,9 +190,10 @@ def _build(
     return trainer, stopping
 
 
-def _callbacks(observer: RunObserver, spec: TrainingSpec, start: Start, stopping: Stopping) -> list[Any]:
-    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints)
-    callbacks = [LiveProgress(observer), ResumeReceipt(observer), start.samples, stopping, sealed]
+def _callbacks(observer: RunObserver, shown: _Shown, spec: TrainingSpec, start: Start, stopping: Stopping) -> list[Any]:
+    position = data_position(shown.units, effective_batch=_effective_batch(spec), seed=spec.seed)
+    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints, position=position)
+    callbacks = [LiveProgress(observer), ResumeReceipt(observer, position), start.samples, stopping, sealed]
     if spec.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
     return callbacks
@@ -230,10 +235,14 @@ def _with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _effective_batch(spec: TrainingSpec) -> int:
+    return spec.batch_size * spec.grad_accum * ranks.count()
+
+
 def _tokens_seen(epochs: float, lengths: list[int], spec: TrainingSpec) -> int:
     """Count the tokens of every row shown, from the order itself, so that a resumed run counts right."""
     whole = int(epochs)
-    part = EpochSampler(lengths, spec.batch_size * spec.grad_accum * ranks.count(), spec.seed)
+    part = EpochSampler(lengths, _effective_batch(spec), spec.seed)
     part.set_epoch(whole)
     shown = list(part)[: round((epochs - whole) * len(lengths))]
     return whole * sum(lengths) + sum(lengths[index] for index in shown)

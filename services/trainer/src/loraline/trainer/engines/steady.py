@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from loraline.trainer.engines.callbacks import EvaluationCut
 from loraline.trainer.engines.sampling import EpochSampler
 
 
@@ -14,6 +15,7 @@ class SteadyTrainer:
     """Mixed into a transformers Trainer: a resumed run sees the same batches, and draws the same random numbers."""
 
     args: Any
+    model: Any
 
     def __init__(self, *args: Any, lengths: list[int], order_seed: int, **kwargs: Any):
         self._lengths, self._order_seed = lengths, order_seed
@@ -29,10 +31,19 @@ class SteadyTrainer:
         """Evaluate without drawing from training's random numbers.
 
         Otherwise a run paused where an evaluation was due would go on with other dropout than one never paused.
+        Empty when it was cut short; nothing is logged then.
         """
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        try:
+            with torch.random.fork_rng(devices=devices):
+                return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        except EvaluationCut:
+            self.model.train()
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare with the best so far; an evaluation that was cut short is not compared."""
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none into checkpoints; what is published gets its own."""

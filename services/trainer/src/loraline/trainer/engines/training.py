@@ -13,7 +13,7 @@ from loraline.core.evidence.probes import ProbeSet
 from loraline.core.evidence.receipt import TokenReceipt
 from loraline.trainer.base_models import ResolvedBase
 from loraline.trainer.batch_view import FILE_NAME as FIRST_BATCH
-from loraline.trainer.engines import adapter_folder, probing, ranks, sft
+from loraline.trainer.engines import adapter_folder, ranks, sft
 from loraline.trainer.engines.callbacks import RunObserver
 from loraline.trainer.engines.characters import check_characters
 from loraline.trainer.engines.encoding import ChatEncoder, eos_ids_of
@@ -27,7 +27,8 @@ from loraline.trainer.engines.loading import (
 )
 from loraline.trainer.engines.memory import train_within_memory
 from loraline.trainer.engines.preferences import prepare_pairs
-from loraline.trainer.engines.preparing import PreparedData, prepare
+from loraline.trainer.engines.preparing import PreparedData, left_out, prepare
+from loraline.trainer.engines.proving import prove
 from loraline.trainer.engines.samples import FILE_NAME as SAMPLES
 from loraline.trainer.engines.samples import Sample, SampleAnswers, sample_prompts
 from loraline.trainer.rows import LoadedDataset, mix
@@ -89,7 +90,7 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     data = _prepare(inputs, spec, encoder, longest, observer)
     target = workdir / ("model" if spec.full else "adapter")
     if ranks.first():
-        _begin(data, precision, workdir, target, observer)
+        _begin(data, spec, precision, workdir, target, observer)
     checkpoints = workdir / "checkpoints"
     prompts = sample_prompts(inputs.sample_prompts, data.train, data.validation, seed=spec.seed)
     samples = SampleAnswers(prompts, encoder, workdir / SAMPLES, observer)
@@ -100,9 +101,7 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     if trained.stopped or not writes:
         return None
     figures = sft.final_figures(trained.log)
-    probes = probing.measure(
-        base.folder, target, encoder, data.train, data.validation, seed=spec.seed, remote_code=base.trust_remote_code
-    )
+    probes = prove(base, target, encoder, data, precision, observer, seed=spec.seed)
     targets = [] if spec.full else adapter_folder.adapter_config(target)["target_modules"]
     finished = FinishedRun(
         target, trained, figures, data.receipt, probes, precision, targets, samples.taken, data.rejected
@@ -112,7 +111,9 @@ def run(inputs: RunInputs, spec: TrainingSpec, workdir: Path, observer: RunObser
     return finished
 
 
-def _begin(data: PreparedData, precision: Precision, workdir: Path, target: Path, observer: RunObserver) -> None:
+def _begin(
+    data: PreparedData, spec: TrainingSpec, precision: Precision, workdir: Path, target: Path, observer: RunObserver
+) -> None:
     """Put the receipts on disk before the first step: what a run trains on is known even if it never ends."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -123,7 +124,12 @@ def _begin(data: PreparedData, precision: Precision, workdir: Path, target: Path
         counts = data.rejected.counts
         told = f"rejected answers: {counts.rows} rows, {counts.tokens} tokens, {counts.trained_tokens} of them compared"
         observer.note(told, reason="TOKEN_RECEIPT_REJECTED")
+    if told := left_out(data.receipt.counts, spec.max_truncated_share):
+        observer.note(told, severity="warning", reason="ROWS_LEFT_OUT")
     observer.note(f"quantisation: {precision.note}; weights in {precision.dtype}", reason="PRECISION")
+    if precision.fallback:
+        observer.count("quantization_fallbacks")
+        observer.note(f"trains without quantisation: {precision.fallback}", severity="warning", reason="NOT_QUANTIZED")
 
 
 def _prepare(
@@ -134,8 +140,11 @@ def _prepare(
     if told and ranks.first():
         observer.note(told, severity="warning", reason="SPECIAL_CHARACTERS_LOST")
     rule = LengthRule(spec.max_length, spec.length_policy, spec.max_truncated_share)
-    if longest:
-        rule = replace(rule, max_length=min(rule.max_length, longest))
+    if 0 < longest < rule.max_length:
+        rule = replace(rule, max_length=longest)
+        if ranks.first():
+            bounded = f"rows may have {longest} tokens, what the base takes, in place of max_length {spec.max_length}"
+            observer.note(bounded, reason="MAX_LENGTH_BOUNDED")
     make = prepare_pairs if spec.preference else prepare
     return make(mixture, encoder, rule, allow_unlearned_eos=spec.allow_unlearned_eos)
 
