@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)
 async def served(request: Any, toy: Any, tmp_path_factory: Any) -> AsyncIterator[Served]:
     if request.param == "vllm":
         pytest.importorskip("vllm")
-    limits = {"max_concurrent_requests": 1, "max_queued_requests": 3}
+    limits: dict[str, Any] = {"max_concurrent_requests": 1, "max_queued_requests": 3}
     async with served_toy(request.param, toy.model, tmp_path_factory.mktemp("data"), **limits) as one:
         one.new_key("anna")
         yield one
