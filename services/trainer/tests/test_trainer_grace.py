@@ -24,6 +24,7 @@ from loraline.core.testing.waiting import until
 from loraline.trainer import checkpoints
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.servicer import TrainerServicer
+from loraline.trainer.testing import harbour_rows, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 NO_CONTEXT: Any = None
@@ -54,10 +55,11 @@ def server(platform: Platform) -> subprocess.Popen[bytes]:
 
 
 async def test_sigterm_in_mid_run_ends_within_the_grace_with_a_checkpoint(
-    platform: Platform, harbour: Path, small_base: Path, record_property: Any
+    platform: Platform, tmp_path: Path, small_base: Path, record_property: Any
 ) -> None:
-    dataset = (await asyncio.to_thread(platform.library.publish, ap.ARTIFACT_KIND_DATASET, "harbour", harbour)).ref
-    # Nothing else saves: the checkpoint can only be that of the stop.
+    # No validation rows and a far save_steps: the checkpoint can only be that of the stop.
+    rows = write_rows(tmp_path / "rows", harbour_rows())
+    dataset = (await asyncio.to_thread(platform.library.publish, ap.ARTIFACT_KIND_DATASET, "harbour", rows)).ref
     parameters = pb.TrainingParameters(epochs=500, batch_size=4, lora=pb.LoraParameters(r=4), save_steps=100_000)
     request = pb.TrainRequest(
         name="lone", base_model=pb.BaseModel(path=str(small_base)), datasets=[pb.WeightedDataset(ref=dataset)],
