@@ -14,6 +14,7 @@ from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.artifacts.refs import format_ref
 from loraline.core.errors import LoralineError, failed_precondition
+from loraline.core.model_files.tokenizer import read_token_names, token_text
 from loraline.core.server_paths import model_folder
 
 INDEX = "model.safetensors.index.json"
@@ -115,15 +116,10 @@ def check_end(folder: Path, name: str) -> None:
 
     Files that cannot be read are left to whoever loads the tokenizer.
     """
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            content = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        value = content.get("eos_token") if isinstance(content, dict) else None
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and not text.strip():
-            raise blank_end(name, text)
+    blank = read_token_names(folder).blank_eos()
+    if blank:
+        _, value = blank[0]
+        raise blank_end(name, token_text(value))
 
 
 def blank_end(name: str, text: str) -> LoralineError:

@@ -29,9 +29,9 @@ def another_run(before: pb.TrainRequest, now: pb.TrainRequest) -> LoralineError 
         found |= _changed_shape(one.parameters.lora, other.parameters.lora)
     if not found:
         return None
-    listed = "; ".join(f"{field} was {was}, now {wanted}" for field, (was, wanted) in found.items())
     message = (
-        f"The run {now.name} was trained otherwise: {listed}. Its checkpoint holds the state of that very training. "
+        f"The run {now.name} was trained otherwise: {_listed(found)}. "
+        "Its checkpoint holds the state of that very training. "
         "Set these as they were, or start anew with existing_run BACKUP_AND_RESTART."
     )
     return failed_precondition("CONTINUE_DIFFERS", message, fields=",".join(found))
@@ -42,7 +42,7 @@ def told_differences(before: pb.TrainRequest, now: pb.TrainRequest) -> str:
     if not before.name:
         return ""
     one, other = resolve(before), resolve(now)
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for field in pb.TrainingParameters.DESCRIPTOR.fields:
         was, wanted = getattr(one.parameters, field.name), getattr(other.parameters, field.name)
         if field.name not in _FREE and was != wanted:
@@ -53,10 +53,11 @@ def told_differences(before: pb.TrainRequest, now: pb.TrainRequest) -> str:
         found["validation_fraction"] = (one.validation_fraction, other.validation_fraction)
     if _datasets(one) != _datasets(other):
         found["datasets"] = (_datasets(one), _datasets(other))
-    if not found:
-        return ""
-    listed = "; ".join(f"{field} was {was}, now {wanted}" for field, (was, wanted) in found.items())
-    return f"continued otherwise than it was begun: {listed}"
+    return f"continued otherwise than it was begun: {_listed(found)}" if found else ""
+
+
+def _listed(found: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{field} was {was}, now {wanted}" for field, (was, wanted) in found.items())
 
 
 def _changed_enums(one: pb.TrainRequest, other: pb.TrainRequest) -> dict[str, tuple[Any, Any]]:

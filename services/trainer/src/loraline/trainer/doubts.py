@@ -7,6 +7,7 @@ from typing import Any
 
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.model_files.objects import text_setting
 from loraline.trainer.spec import TrainingSpec
 
 _HIGHEST_RATE, _LOWEST_RATE = 5e-3, 1e-6
@@ -69,10 +70,7 @@ def unused(request: pb.TrainRequest, *, own_validation: int, validation: int) ->
 
 def above_model(wanted: int, config: Mapping[str, Any]) -> Iterator[pb.PlanCheck]:
     """Yield a warning when `wanted` tokens, 0 for the default, are more than the base takes by its config.json."""
-    inner = config.get("text_config")
-    limit = config.get("max_position_embeddings") or (
-        inner.get("max_position_embeddings") if isinstance(inner, dict) else 0
-    )
+    limit = text_setting(config, "max_position_embeddings")
     if isinstance(limit, int) and 0 < limit < wanted:
         text = f"max_length is {wanted}, and the base takes {limit} tokens: {limit} is what counts."
         yield _doubt("MAX_LENGTH_ABOVE_MODEL", text, f"Set parameters.max_length to {limit} or less.")

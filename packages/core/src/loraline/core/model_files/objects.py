@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def load_object(path: Path) -> dict[str, Any]:
     if b"\\ud" in raw or b"\\uD" in raw:
         _require_text(content)
     return content
+
+
+def text_setting(config: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of a config.json, or of the language model within it where that is a part of the whole."""
+    inner = config.get("text_config")
+    return config.get(name) or (inner.get(name) if isinstance(inner, dict) else None)
 
 
 def _require_text(content: dict[str, Any]) -> None:

@@ -69,11 +69,18 @@ def token_text(value: Any) -> str:
     return str(value.get("content", "")) if isinstance(value, Mapping) else str(value)
 
 
-def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """Read what tokenizer files there are; what cannot be read is noted, not raised."""
+def read_token_names(folder: Path) -> TokenizerFiles:
+    """Read the small files alone: which tokens are special, without ids; what cannot be read is noted, not raised."""
     unreadable: dict[str, str] = {}
     config = _object(folder / "tokenizer_config.json", unreadable)
     special = _object(folder / "special_tokens_map.json", unreadable)
+    return TokenizerFiles(folder, config, special, unreadable=unreadable)
+
+
+def read_tokenizer(folder: Path) -> TokenizerFiles:
+    """Read what tokenizer files there are; what cannot be read is noted, not raised."""
+    named = read_token_names(folder)
+    config, unreadable = named.config, named.unreadable
     document = _object(folder / "tokenizer.json", unreadable)
     ids = _own_ids(document)
     if not document and not (folder / "tokenizer.json").exists():
@@ -84,7 +91,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         ids.update({token_text(token): int(number) for number, token in decoder.items() if str(number).isdigit()})
-    return TokenizerFiles(folder, config, special, ids, unreadable, own_end)
+    return TokenizerFiles(folder, config, named.special_map, ids, unreadable, own_end)
 
 
 def _object(path: Path, unreadable: dict[str, str]) -> dict[str, Any]:

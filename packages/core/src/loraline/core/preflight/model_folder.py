@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraline.core.artifacts.safetensors import read_header
-from loraline.core.model_files.objects import load_object
+from loraline.core.model_files.objects import load_object, text_setting
 from loraline.core.model_files.tokenizer import read_tokenizer
 from loraline.core.preflight.finding import Finding, ok
 
@@ -93,8 +93,7 @@ def vocabulary_findings(folder: Path) -> list[Finding]:
 
 def _vocab_size(config: dict[str, Any]) -> int | None:
     """Return the size that config.json states; None where it states none, or where the model's own code reads it."""
-    inner = config.get("text_config")
-    said = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    said = text_setting(config, "vocab_size")
     return said if isinstance(said, int) and not config.get("auto_map") else None
 
 

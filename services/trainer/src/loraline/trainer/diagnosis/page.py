@@ -108,7 +108,7 @@ def _batch(rows: Sequence[pb.BatchRow]) -> str:
     shown = []
     for number, row in enumerate(rows, start=1):
         tokens = "".join(
-            f'<{"mark" if trained else "span"} title="{token_id}">{escape(text)}</{"mark" if trained else "span"}>'
+            _token(token_id, text, "mark" if trained else "span")
             for token_id, text, trained in zip(row.token_ids, row.tokens, row.trained, strict=True)
         )
         cut = f", the first {len(row.token_ids)} shown" if row.length > len(row.token_ids) else ""
@@ -117,6 +117,10 @@ def _batch(rows: Sequence[pb.BatchRow]) -> str:
             f'<pre class="tokens">{tokens}</pre>'
         )
     return f'<p class="soft">Marked tokens carry loss; hold the pointer over one for its id.</p>{"".join(shown)}'
+
+
+def _token(token_id: int, text: str, tag: str) -> str:
+    return f'<{tag} title="{token_id}">{escape(text)}</{tag}>'
 
 
 def _losses(history: History) -> str:
