@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,9 @@ class HttpConnection(asyncio.Protocol):
                 self._done.set_result(told)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(b"the connection was closed")
+        if self._done is not None and not self._done.done():
+            error = RuntimeError if self._tail else ConnectionResetError
+            self._done.set_exception(error("the connection was closed"))
 
     @property
     def closed(self) -> bool:
@@ -100,13 +103,17 @@ class HttpClients:
 
     async def __call__(self, tokens: int, rate: int, model: str = "") -> Told:
         """Ask once."""
-        while self._free and self._free[-1].closed:
-            self._free.pop()  # servers close connections that were idle for some seconds
-        if not self._free:
-            host, _, port = self._address.rpartition(":")
-            _, made = await asyncio.get_running_loop().create_connection(HttpConnection, host, int(port))
-            self._free.append(made)
-        connection = self._free.pop()
+        while self._free:
+            connection = self._free.pop()
+            if connection.closed:
+                continue
+            with suppress(ConnectionResetError):  # servers close connections that were idle, even while they are asked
+                return await self._told(connection, tokens, rate, model)
+        host, _, port = self._address.rpartition(":")
+        _, made = await asyncio.get_running_loop().create_connection(HttpConnection, host, int(port))
+        return await self._told(made, tokens, rate, model)
+
+    async def _told(self, connection: HttpConnection, tokens: int, rate: int, model: str) -> Told:
         told = await connection.ask(self._request(tokens, rate, model))
         self._free.append(connection)
         return told

@@ -17,6 +17,8 @@ from pathlib import Path
 from load import Told
 
 HERE = Path(__file__).resolve().parent
+VLLM = (sys.executable, str(HERE / "vllm_cli.py"))
+"""vLLM's own command."""
 
 
 @dataclass
@@ -65,24 +67,25 @@ def server(kind: str, model: Path, *flags: str) -> Iterator[Server]:
 def vllm_serve(model: Path, name: str, port: int, adapters: list[Path]) -> Iterator[Server]:
     """Run `vllm serve` as its users do; ready when /health says so."""
     begun = time.monotonic()
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", name]
+    command = [*VLLM, "serve", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"]
     command += ["--dtype", "float32", "--max-num-seqs", "256", "--disable-uvicorn-access-log"]
     command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "8", "--max-cpu-loras", "9"]
     if adapters:
         command += ["--lora-modules", *(f"{folder.name}={folder}" for folder in adapters)]
-    nowhere = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, text=True, env=environment())
-    running = Server(process, "", f"127.0.0.1:{port}", "", 0.0)
-    try:
-        while not _well(running.http):
-            if process.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with {process.returncode}")
-            time.sleep(0.1)
-        running.start_seconds = time.monotonic() - begun
-        yield running
-    finally:
-        running.stop()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, text=True, env=environment())
+        running = Server(process, "", f"127.0.0.1:{port}", "", 0.0)
+        try:
+            while not _well(running.http):
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise RuntimeError(f"vllm serve ended with {process.returncode}: {said.read()[-2000:]}")
+                time.sleep(0.1)
+            running.start_seconds = time.monotonic() - begun
+            yield running
+        finally:
+            running.stop()
 
 
 def environment() -> dict[str, str]:
