@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from google.protobuf import json_format, struct_pb2
+from google.protobuf import json_format
 
 from loraline.api.datagen.v1 import datagen_pb2
 from loraline.api.inference.v1.inference_pb2 import SamplingParameters
@@ -32,20 +32,37 @@ def run_line(deployment: Deployment, file: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}{logs}"
 
 
-def rows_of_a_model(client: Loraline, base: str) -> None:
-    """Have datagen ask the served model for rows."""
-    word = {"type": "string", "pattern": "^[a-z]{3,12}$"}
-    schema = {
-        "type": "object", "properties": {"prompt": word, "completion": word}, "required": ["prompt", "completion"],
-        "additionalProperties": False,
-    }  # fmt: skip
+WORD = {"type": "string", "pattern": "^[a-z]{3,12}$"}
+OWN_ROWS: dict[str, Any] = {
+    "type": "object", "properties": {"prompt": WORD, "completion": WORD}, "required": ["prompt", "completion"],
+    "additionalProperties": False,
+}  # fmt: skip
+"""The rows that a model which knows nothing can write."""
+
+
+def recipe_of(model: str, rows: int, endpoint: str = "") -> datagen_pb2.LlmRecipe:
+    """Return the recipe for rows of the served model, or of a named endpoint, which writes what is asked for."""
+    asked = datagen_pb2.LlmEndpoint(name=endpoint, model=model)
     recipe = datagen_pb2.LlmRecipe(
-        recipe="instruction-response", rows=12, batch_size=1, endpoints=[datagen_pb2.LlmEndpoint(model=base)],
-        system_prompt="Write.", temperature=1, topics=["sea", "salt", "rope", "snow"], max_tokens=160,
-        max_candidates_ratio=20, item_schema=json_format.ParseDict(schema, struct_pb2.Struct()),
+        recipe="instruction-response", rows=rows, batch_size=1, endpoints=[asked], system_prompt="Write.",
+        temperature=1, topics=["sea", "salt", "rope", "snow"], max_tokens=160, max_candidates_ratio=20,
     )  # fmt: skip
-    request = datagen_pb2.GenerateDatasetRequest(name="nonsense", sources=[datagen_pb2.DatasetSource(llm=recipe)])
-    client.jobs.result(client.datagen.generate(request).name, datagen_pb2.DatasetResult)
+    if not endpoint:
+        json_format.ParseDict(OWN_ROWS, recipe.item_schema)
+    return recipe
+
+
+def generate(client: Loraline, name: str, recipe: datagen_pb2.LlmRecipe) -> str:
+    """Start a job that makes such rows; returns its name."""
+    request = datagen_pb2.GenerateDatasetRequest(name=name, sources=[datagen_pb2.DatasetSource(llm=recipe)])
+    return client.datagen.generate(request).name
+
+
+def rows_of_a_model(client: Loraline, base: str) -> None:
+    """Have datagen ask the served model for rows: a look at a few, then a dataset."""
+    source = datagen_pb2.DatasetSource(llm=recipe_of(base, 2))
+    client.datagen.preview(datagen_pb2.PreviewDatasetRequest(source=source, rows=2))
+    client.jobs.result(generate(client, "nonsense", recipe_of(base, 12)), datagen_pb2.DatasetResult)
 
 
 def check_model(client: Loraline) -> None:

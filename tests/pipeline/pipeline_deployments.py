@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,8 @@ def all_in_one(folder: Path) -> Iterator[Deployment]:
 
 
 @contextmanager
-def four_services(folder: Path) -> Iterator[Deployment]:
+def four_services(folder: Path, more: Mapping[str, str] | None = None) -> Iterator[Deployment]:
+    """Run the four stages; `more` are settings of them all."""
     from loraline.core.serving.auth import KeyRing
     from loraline.core.testing.servers import postgres_server, s3_server
 
@@ -137,6 +138,7 @@ def four_services(folder: Path) -> Iterator[Deployment]:
             "LORALINE_INFERENCE_HTTP_LISTEN": http,
             **_language_model(http, LLM_API_KEY=key),
             **ENGINE,
+            **(more or {}),
         }
         try:
             for stage, address in addresses.items():

@@ -123,7 +123,6 @@ INFERENCE = Board(
             Panel(
                 "Answers of profiles",
                 {"{{profile}} {{outcome}}": "sum by (profile, outcome) (rate(loraline_inference_profile_answers_total[5m])) * 60"},
-                needs="response profiles",
             ),
         ],
         "By adapter": [

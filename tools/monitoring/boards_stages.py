@@ -81,18 +81,17 @@ DATAGEN = Board(
             ),
             Panel(
                 "Cost", {"{{model}}": "sum by (model) (increase(loraline_datagen_cost_usd_total[24h]))"},
-                unit="currencyUSD", text="Of the last 24 hours; only where the endpoint's prices are known.", needs="prices",
+                unit="currencyUSD", text="Of the last 24 hours; only where the endpoint's prices are known.",
             ),
         ],
         "Limits": [
             Panel(
                 "Refusals because of a limit",
                 {"{{endpoint}} {{reason}}": "sum by (endpoint, reason) (rate(loraline_datagen_quota_errors_total[5m])) * 60"},
-                text="A minute, by kind of limit: rate, overloaded, quota, cooldown, spend.", needs="failure",
+                text="A minute, by kind of limit: rate, overloaded, quota, cooldown, spend.",
             ),
             Panel(
                 "Pauses", {"{{reason}} {{endpoint}}": "sum by (reason, endpoint) (increase(loraline_datagen_pauses_total[1h]))"},
-                needs="failure",
             ),
             Panel(
                 "Time spent waiting for limits", {"waiting": "sum(rate(loraline_datagen_waiting_seconds_total[5m]))"},
@@ -211,7 +210,6 @@ MERGE = Board(
             Panel("Being written now", {"bytes a second": "max(loraline_merge_bytes_per_second)"}, unit="Bps", width=6, height=5),
             Panel(
                 "Repairs in it", {"{{code}}": "max by (code) (loraline_merge_last_repairs)"}, kind="stat", width=6, height=5,
-                needs="a model with findings",
             ),
         ],
         "Over time": [
@@ -219,19 +217,17 @@ MERGE = Board(
             Panel("Written an hour", {"{{kind}}": "sum by (kind) (increase(loraline_merge_written_bytes_total[1h]))"}, unit="bytes"),
             Panel(
                 "Refused, by reason", {"{{reason}}": "sum by (reason) (increase(loraline_merge_refused_total[24h]))"},
-                text="Merges and exports that would have changed the model, or could not be made.", needs="failure",
+                text="Merges and exports that would have changed the model, or could not be made.",
             ),
             Panel(
                 "Findings of checks", {"{{severity}} {{code}}": "sum by (code, severity) (increase(loraline_model_findings_total[24h]))"},
-                needs="a model with findings",
             ),
             Panel(
                 "Findings of the newest check", {"{{severity}} {{code}}": "max by (code, severity) (loraline_model_check_last_findings)"},
-                kind="table", needs="a model with findings",
+                kind="table",
             ),
             Panel(
                 "Repairs", {"{{code}}": "sum by (code) (increase(loraline_model_repairs_total[24h]))"},
-                needs="a model with findings",
             ),
         ],
     },

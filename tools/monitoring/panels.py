@@ -30,8 +30,8 @@ class Panel:
     height: int = 7
     red_above: float | None = None
     red_below: float | None = None
-    needs: str = ""
-    """What gives it data besides a load that exercises everything: `GPU`, `failure`, …; empty for nothing."""
+    needs: Literal["", "GPU"] = ""
+    """`GPU` where only a machine with one gives it data; empty for all others."""
 
 
 @dataclass(frozen=True)
