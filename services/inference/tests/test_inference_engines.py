@@ -107,6 +107,21 @@ async def test_several_answers_differ_and_a_seed_repeats(engine: Engine, toy: An
     assert one == two
 
 
+async def test_answers_go_on_over_their_end_where_that_is_asked(engine: Engine, toy: Any) -> None:
+    """A prompt whose answer ends by itself is drawn by its seed; the same with ignore_eos runs to its limit."""
+    for seed in range(60):
+        asked = {"temperature": 1.2, "seed": seed, "max_tokens": 120}
+        (ended,), pieces = await ask(engine, "What is your name?", toy, **asked)
+        if pieces[-1].finish_reason == "stop":
+            break
+    else:
+        pytest.fail("no answer ended by itself")
+    (longer,), pieces = await ask(engine, "What is your name?", toy, **asked, ignore_eos=True)
+    assert pieces[-1].finish_reason == "length"
+    assert sum(len(piece.token_ids) for piece in pieces) == 120
+    assert longer.startswith(ended)
+
+
 async def test_stop_text_ends_the_answer_and_is_left_out(engine: Engine, toy: Any) -> None:
     shape = Constraint("regex", "abc STOP [0-9]{4}")
     (whole,), _ = await ask(engine, "Hello", toy, constraint=shape)

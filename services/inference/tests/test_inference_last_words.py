@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_the_cause_is_found_behind_what_vllm_dumps(listening: None) -> None:
     process = run(fail_in_mid_run)
     process.join(60)
     assert how_it_ended(llm_of(process)).splitlines()[0] == ASSERT
+
+
+def test_the_file_of_a_killed_server_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # read anew, here as in the process
+    process = multiprocessing.get_context("spawn").Process(target=last_words.listen)
+    process.start()
+    process.join(60)
+    (left,) = tmp_path.iterdir()  # it ended without a word, as one that is killed
+    assert left.name.startswith(f"loraline-engine-{process.pid}-")
+    others = [tmp_path / f"loraline-engine-{os.getpid()}-x.txt", tmp_path / "loraline-engine-old.txt"]
+    for other in others:
+        other.touch()
+    last_words.listen()
+    named = Path(os.environ[last_words.VARIABLE])
+    assert set(tmp_path.iterdir()) == {named, *others}
+    last_words.forget()
+    assert set(tmp_path.iterdir()) == set(others)
 
 
 def record(at: float, text: str) -> str:

@@ -15,7 +15,9 @@ import pytest_asyncio
 from served_tools import BOAT, CALL, WEATHER, with_tools
 from served_toy import Served, served_toy
 
+from loraline.core.errors import LoralineError
 from loraline.core.testing.waiting import until
+from loraline.inference.engines.tool_calls import check_parser
 
 # vLLM imports torch in three processes one after the other: minutes on a busy machine.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
@@ -105,6 +107,8 @@ async def test_several_answers_seed_and_stop(client: openai.AsyncOpenAI) -> None
             finished |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
     assert list(texts.values()) == first
     assert sorted(finished) == [0, 1, 2]
+    unended = await chat(client, max_tokens=60, temperature=1.3, seed=3, extra_body={"ignore_eos": True})
+    assert (unended.choices[0].finish_reason, unended.usage.completion_tokens) == ("length", 60)
     whole = (await chat(client, max_tokens=40)).choices[0].message.content
     stop = next(letter for letter in whole[3:] if letter.isascii() and letter.isalnum())
     cut = (await chat(client, max_tokens=40, stop=[stop])).choices[0]
@@ -207,6 +211,9 @@ async def test_wrong_uses_name_the_parameter(client: openai.AsyncOpenAI) -> None
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"n": 5, "temperature": 1}, "n"),
         ({"extra_body": {"speed": 3}}, "speed"),
+        ({"extra_body": {"ignore_eos": 1}}, "ignore_eos"),
+        ({"extra_body": {"ignore_eos": True}, "response_format": schema}, "ignore_eos"),
+        ({"extra_body": {"ignore_eos": True}, "tools": [WEATHER], "tool_choice": "required"}, "ignore_eos"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
     ]:
         with pytest.raises(openai.BadRequestError) as bad:
@@ -214,6 +221,14 @@ async def test_wrong_uses_name_the_parameter(client: openai.AsyncOpenAI) -> None
         assert bad.value.param == param, asked
     neutral = {"store": False, "metadata": {"a": "b"}, "user": "me", "service_tier": "auto", "logit_bias": {}}
     assert (await chat(client, **neutral)).choices
+
+
+async def test_a_parser_that_vllm_does_not_have_is_refused_with_those_it_has(served: Served) -> None:
+    with pytest.raises(LoralineError) as caught:
+        await asyncio.to_thread(check_parser, "hermit")
+    assert caught.value.reason == "TOOL_PARSER_UNKNOWN"
+    assert "'hermit'" in caught.value.message and " hermes," in caught.value.message
+    await asyncio.to_thread(check_parser, "hermes")
 
 
 async def test_there_are_no_embeddings_and_it_says_why(client: openai.AsyncOpenAI) -> None:

@@ -63,7 +63,7 @@ class Decoder:
             ids.append(token)
             fed = [token]
             shape.accept(token)
-            ended = token in self._eos
+            ended = token in self._eos and not sampling.ignore_eos
             delta, stopped = ("", False) if ended else text.push(token)
             if ended or stopped or shape.complete:
                 yield Piece(index, delta + ("" if stopped else text.finish()), [token], "stop", waited, told)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 VARIABLE = "LORALINE_ENGINE_LAST_WORDS"
 """File to write to; set by the server before the engine starts, inherited by the engine's processes."""
+_PREFIX = "loraline-engine-"
+"""Of its name; the server's process id and some letters follow."""
 _MOST_CHARACTERS = 4000
 _MOST_BYTES = 1024 * 1024
 """Size at which the file begins anew: an engine may live for months and log an error for each request it refuses."""
@@ -61,9 +63,22 @@ def enable() -> bool:
 def listen() -> None:
     """Name an empty file to the engine that is about to start; `forget` removes it."""
     forget()
-    handle, path = tempfile.mkstemp(prefix="loraline-engine-", suffix=".txt")
+    _forget_the_dead()
+    handle, path = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", suffix=".txt")
     os.close(handle)
     os.environ[VARIABLE] = path
+
+
+def _forget_the_dead() -> None:
+    """Remove the files of servers that were killed, and could not."""
+    for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*.txt"):
+        owner = file.name.removeprefix(_PREFIX).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (OSError, ValueError):
+            continue  # another user's, or none of ours
 
 
 def said(*, at_the_end: bool = False) -> str:

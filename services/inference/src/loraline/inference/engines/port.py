@@ -28,6 +28,8 @@ class Sampling:
     n: int = 1
     logprobs: int | None = None
     """Likeliest tokens to tell beside each that was taken; 0 for that one alone, None for no log-probabilities."""
+    ignore_eos: bool = False
+    """Go on to max_tokens whatever ends answers otherwise: for load tests, whose answers must be of equal length."""
     show_special: bool = False
     """Leave special tokens in the text: some models mark the calls of tools with them."""
 

@@ -230,6 +230,7 @@ def _sampling_params(sampling: Sampling, constraint: Constraint | None) -> Sampl
         top_k=sampling.top_k,
         stop=list(sampling.stop) or None,
         seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,

@@ -27,6 +27,7 @@ def sampling(body: Mapping[str, Any], max_tokens: int, default: Sampling | None 
         presence_penalty=number(body, "presence_penalty", unset.presence_penalty, -2, 2),
         frequency_penalty=number(body, "frequency_penalty", unset.frequency_penalty, -2, 2),
         n=integer(body, "n", 1) or 1,
+        ignore_eos=flag(body, "ignore_eos"),
     )
 
 

@@ -34,6 +34,7 @@ _SHARED = {
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "ignore_eos",
     "logprobs",
     *("user", "metadata", "safety_identifier", "prompt_cache_key"),
 } | SHAPE_PARAMETERS
@@ -106,7 +107,7 @@ def chat_question(body: Mapping[str, Any], most_tokens: int) -> HttpQuestion:
         session=parameters.text(body, "session"),
         **asked_shape(body),
     )
-    return _with_tools(_http_question(body, question), asked_tools(body))
+    return _ended_by_shape(_with_tools(_http_question(body, question), asked_tools(body)))
 
 
 def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
@@ -126,7 +127,14 @@ def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
         raise parameters.wrong("logprobs", f"must be at most {_MOST_LOGPROBS}")
     sampling = parameters.sampling(body, parameters.integer(body, "max_tokens", 1) or 16)
     sampling = replace(sampling, logprobs=told)
-    return _http_question(body, Question(model=_model(body), sampling=sampling, prompt=prompt, **asked_shape(body)))
+    question = Question(model=_model(body), sampling=sampling, prompt=prompt, **asked_shape(body))
+    return _ended_by_shape(_http_question(body, question))
+
+
+def _ended_by_shape(asked: HttpQuestion) -> HttpQuestion:
+    if asked.question.sampling.ignore_eos and asked.question.constraint is not None:
+        raise parameters.wrong("ignore_eos", "cannot be true beside a shape: an answer that has its shape has ended")
+    return asked
 
 
 def _with_tools(asked: HttpQuestion, tools: AskedTools | None) -> HttpQuestion:
