@@ -60,14 +60,39 @@ def test_the_file_of_a_killed_server_goes_with_the_next_one(tmp_path: Path, monk
     process.join(60)
     (left,) = tmp_path.iterdir()  # it ended without a word, as one that is killed
     assert left.name.startswith(f"loraline-engine-{process.pid}-")
-    others = [tmp_path / f"loraline-engine-{os.getpid()}-x.txt", tmp_path / "loraline-engine-old.txt"]
-    for other in others:
-        other.touch()
+    alive = f"loraline-engine-{os.getppid()}-x.txt"
+    others = [tmp_path / name for name in (alive, "loraline-engine-old.txt", "loraline-engine-99999999999-x.txt")]
+    # A container that is started again gives its server the same process id.
+    for file in (*others, tmp_path / f"loraline-engine-{os.getpid()}-x.txt"):
+        file.touch()
     last_words.listen()
     named = Path(os.environ[last_words.VARIABLE])
     assert set(tmp_path.iterdir()) == {named, *others}
     last_words.forget()
     assert set(tmp_path.iterdir()) == set(others)
+
+
+def test_a_dead_servers_file_that_cannot_be_removed_stops_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # read anew, here as in the process
+    process = multiprocessing.get_context("spawn").Process(target=last_words.listen)
+    process.start()
+    process.join(60)
+    (left,) = tmp_path.iterdir()
+    unlink = Path.unlink
+
+    def of_another_user(self: Path, missing_ok: bool = False) -> None:
+        if self == left:
+            raise PermissionError(1, "Operation not permitted", str(self))  # as in a /tmp that is sticky
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", of_another_user)
+    last_words.listen()
+    assert set(tmp_path.iterdir()) == {left, Path(os.environ[last_words.VARIABLE])}
+    last_words.forget()
+    assert list(tmp_path.iterdir()) == [left]
 
 
 def record(at: float, text: str) -> str:

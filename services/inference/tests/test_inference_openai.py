@@ -107,12 +107,25 @@ async def test_several_answers_seed_and_stop(client: openai.AsyncOpenAI) -> None
             finished |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
     assert list(texts.values()) == first
     assert sorted(finished) == [0, 1, 2]
-    unended = await chat(client, max_tokens=60, temperature=1.3, seed=3, extra_body={"ignore_eos": True})
-    assert (unended.choices[0].finish_reason, unended.usage.completion_tokens) == ("length", 60)
     whole = (await chat(client, max_tokens=40)).choices[0].message.content
     stop = next(letter for letter in whole[3:] if letter.isascii() and letter.isalnum())
     cut = (await chat(client, max_tokens=40, stop=[stop])).choices[0]
     assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
+async def test_an_answer_that_would_end_goes_on_where_its_end_is_ignored(client: openai.AsyncOpenAI) -> None:
+    sampled = {"max_tokens": 300, "temperature": 2.0}
+    ended = None
+    for seed in range(60):
+        plain = await chat(client, **sampled, seed=seed)
+        if plain.choices[0].finish_reason == "stop":
+            ended = seed, plain.usage.completion_tokens
+            break
+    assert ended is not None, "no seed gave an answer that ends; the model never says its end"
+    seed, tokens = ended
+    unended = await chat(client, **sampled, seed=seed, extra_body={"ignore_eos": True})
+    assert (unended.choices[0].finish_reason, unended.usage.completion_tokens) == ("length", 300)
+    assert tokens < 300
 
 
 def arguments_are_right(name: str, arguments: str) -> bool:
@@ -213,6 +226,8 @@ async def test_wrong_uses_name_the_parameter(client: openai.AsyncOpenAI) -> None
         ({"extra_body": {"speed": 3}}, "speed"),
         ({"extra_body": {"ignore_eos": 1}}, "ignore_eos"),
         ({"extra_body": {"ignore_eos": True}, "response_format": schema}, "ignore_eos"),
+        ({"extra_body": {"ignore_eos": True, "language": "ko"}}, "ignore_eos"),
+        ({"extra_body": {"ignore_eos": True, "forbid": ["emoji"]}}, "ignore_eos"),
         ({"extra_body": {"ignore_eos": True}, "tools": [WEATHER], "tool_choice": "required"}, "ignore_eos"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
     ]:

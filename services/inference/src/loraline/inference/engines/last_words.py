@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "LORALINE_ENGINE_LAST_WORDS"
@@ -70,15 +71,25 @@ def listen() -> None:
 
 
 def _forget_the_dead() -> None:
-    """Remove the files of servers that were killed, and could not."""
+    """Remove the files of servers that were killed, and could not; what cannot be removed stays."""
     for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*.txt"):
         owner = file.name.removeprefix(_PREFIX).partition("-")[0]
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except (OSError, ValueError):
-            continue  # another user's, or none of ours
+        if owner.isdecimal() and _is_gone(int(owner)):
+            with suppress(OSError):  # another user's: an engine must start beside it
+                file.unlink(missing_ok=True)
+
+
+def _is_gone(process_id: int) -> bool:
+    """Tell whether no other process has the id. Our own is of a server before us, as in a container started again."""
+    if process_id == os.getpid():
+        return True
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # another user's, or no process id at all
+    return False
 
 
 def said(*, at_the_end: bool = False) -> str:

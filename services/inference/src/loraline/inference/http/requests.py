@@ -132,8 +132,9 @@ def completion_question(body: Mapping[str, Any]) -> HttpQuestion:
 
 
 def _ended_by_shape(asked: HttpQuestion) -> HttpQuestion:
-    if asked.question.sampling.ignore_eos and asked.question.constraint is not None:
-        raise parameters.wrong("ignore_eos", "cannot be true beside a shape: an answer that has its shape has ended")
+    if asked.question.sampling.ignore_eos and asked.question.shaped:
+        why = "cannot be true beside a shape, language or forbid: an answer that has its shape has ended"
+        raise parameters.wrong("ignore_eos", why)
     return asked
 
 
