@@ -166,7 +166,11 @@ def client(name: str, count: int, dtype: str) -> None:
 
 def measure(name: str, count: int, dtype: str) -> dict[str, float]:
     """Run one client in a fresh process."""
-    command = [sys.executable, __file__, "--client", name, "--rows", str(count), "--dtype", dtype]
+    return told_by([sys.executable, __file__, "--client", name, "--rows", str(count), "--dtype", dtype])
+
+
+def told_by(command: list[str]) -> dict[str, float]:
+    """Return what a process prints last, as JSON."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return json.loads(told.splitlines()[-1])
@@ -197,6 +201,53 @@ def run(rounds: int, count: int, dtype: str) -> tuple[list[str], bool]:
     return lines, met and same and apart <= 1e-3
 
 
+def ragged(count: int) -> list[dict[str, Any]]:
+    """Return conversations whose lengths vary as those of chats do."""
+    from loraline.trainer.testing import QUESTIONS, chat
+
+    draw = random.Random(7)
+    made = []
+    for _ in range(count):
+        words = max(2, min(40, round(draw.lognormvariate(2.4, 0.7))))
+        made.append(
+            chat(draw.choice(QUESTIONS), " ".join(draw.choice(("Aye", "harbour", "tide")) for _ in range(words)))
+        )
+    return made
+
+
+def shares(rounds: int, count: int) -> tuple[list[str], bool]:
+    """Return what start-up, checkpoints and evidence take of a whole run, beside TRL's way to its first step."""
+    from loraline.trainer.testing import make_base, write_rows
+
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_base(folder / "base", layers=6, width=256)
+        rows = write_rows(folder / "rows", ragged(count))
+        write_rows(rows, ragged(count + 16)[count:], "validation")
+        for turn in range(rounds):
+            for side, flags in (("peer", ["--peer"]), ("ours", ["--epochs", "6"])):
+                command = [sys.executable, str(Path(__file__).with_name("shares.py")), str(folder)]
+                found[side].append(told_by([*command, str(folder / f"{side}-{turn}"), *flags]))
+    runs = found["ours"]
+
+    def of_run(part: str, whole: str) -> float:
+        return statistics.median(run.get(part, 0.0) / run[whole] for run in runs)
+
+    start = statistics.median(a["first_step"] / b["first_step"] for a, b in zip(runs, found["peer"], strict=True))
+    stall = of_run("checkpoint_seconds", "train")
+    evidence = {part: of_run(part, "all") for part in ("receipt", "first_batch", "probes", "samples")}
+    lines = [
+        f"ratio start_to_first_step_seconds_vs_trl {start:.2f} aim <=1.25",
+        f"ratio checkpoint_stall_share_of_training {stall:.4f} aim <=0.02",
+        f"ratio evidence_share_of_run {sum(evidence.values()):.4f} aim <=0.02",
+    ]
+    lines += [f"info {part}_share_of_run {share:.4f}" for part, share in evidence.items()]
+    for part in ("first_step", "train", "all", "checkpoint_seconds", "checkpoints"):
+        lines.append(f"info shares_{part} {statistics.median(run[part] for run in runs):.2f}")
+    return lines, start <= 1.25 and stall <= 0.02 and sum(evidence.values()) <= 0.02
+
+
 def main() -> int:
     """Run the benchmark, print and keep its lines."""
     arguments = argparse.ArgumentParser()
@@ -210,6 +261,8 @@ def main() -> int:
         client(wanted.client, wanted.rows, wanted.dtype)
         return 0
     lines, met = run(wanted.rounds, wanted.rows, wanted.dtype)
+    more, also_met = shares(wanted.rounds, 4 * wanted.rows)
+    lines, met = lines + more, met and also_met
     if wanted.keep:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -130,7 +130,8 @@ def test_a_run_shows_it_while_it_works_and_a_torn_file_shows_nothing(tmp_path: P
         pb.BatchRow(token_ids=[7, 8], tokens=["A", "<b>"], trained=[False, True], length=2)
     ]
     points = tuple(Point(step, 1.0 / step) for step in range(1, 20))
-    subject = Subject("Run x", History(points), Facts(), resolve(pb.TrainRequest()).parameters, of_run(job, tmp_path))
+    facts = Facts(first_batch=of_run(job, tmp_path))
+    subject = Subject("Run x", History(points), facts, resolve(pb.TrainRequest()).parameters)
     page = diagnose(subject).html
     assert '<span title="7">A</span><mark title="8">&lt;b&gt;</mark>' in page
     assert "row 1: 2 tokens, 1 carry loss" in page

@@ -24,3 +24,5 @@ class TrainerSettings(BaseSettings):
     """Training processes of LAUNCHER_TORCHRUN; 0 for one on each GPU."""
     publish_checkpoints: Literal["auto", "always", "never"] = "auto"
     """Send checkpoints to the artifact store too, so that another machine can go on; `auto` does for an S3 store."""
+    fused_kernels: bool = True
+    """Train with flash attention and Liger's layers where they are installed beside a GPU; off where one misbehaves."""

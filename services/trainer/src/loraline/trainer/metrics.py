@@ -23,7 +23,7 @@ def job_metrics(registry: CollectorRegistry) -> dict[str, Counter]:
             "Checkpoints by result: saved, torn (found damaged), published (sent to the store), unpublished.",
             ("result",),
         ),
-        "checkpoint_seconds": ("Time spent sealing checkpoints.", ()),
+        "checkpoint_seconds": ("Time that training stood still for checkpoints; they are sealed while it goes on.", ()),
         "checkpoint_bytes": ("Bytes of checkpoints sealed.", ()),
         "runs": ("Runs that ended their training, by what the loss curve says of them.", ("verdict",)),
     }

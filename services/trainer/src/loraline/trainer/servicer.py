@@ -19,6 +19,7 @@ from loraline.trainer import hub_base
 from loraline.trainer.base_models import check_folder
 from loraline.trainer.config import TrainerSettings
 from loraline.trainer.continuing import RUN_LABEL
+from loraline.trainer.diagnosis.larger_base import models_in
 from loraline.trainer.diagnosis.subject import diagnose, from_file, from_jobs
 from loraline.trainer.init_adapter import with_start
 from loraline.trainer.planning import plan
@@ -78,7 +79,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         else:
             jobs = await self._existing_jobs(request.run)
             subject = await asyncio.to_thread(from_jobs, request.run, jobs, self._platform.settings.data_dir)
-        return await asyncio.to_thread(diagnose, subject)
+        models = await asyncio.to_thread(models_in, self._platform.library)
+        return await asyncio.to_thread(diagnose, subject, models)
 
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
         """Return one run."""

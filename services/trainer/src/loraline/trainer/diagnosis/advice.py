@@ -8,7 +8,8 @@ from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.trainer.diagnosis.history import History
 from loraline.trainer.diagnosis.judging import Judgement
 
-_HIGHEST_RANK = 128
+HIGHEST_RANK = 128
+"""Greatest lora.r that is advised; beyond it a larger base is."""
 
 
 def config_patch(judgement: Judgement, history: History, now: pb.TrainingParameters) -> dict[str, object]:
@@ -40,12 +41,11 @@ def _patch(judgement: Judgement, history: History, now: pb.TrainingParameters) -
         )
         return {**length, "lora": {"dropout": 0.05}, "early_stopping_patience": 3}
     if verdict in (pb.VERDICT_UNDERTRAINED, pb.VERDICT_FAIR):
-        return _more_training(codes, now)
+        return _more_training(now, settled=judgement.settled)
     return {}
 
 
-def _more_training(codes: set[str], now: pb.TrainingParameters) -> dict[str, object]:
-    settled = "STILL_FALLING" not in codes
+def _more_training(now: pb.TrainingParameters, *, settled: bool) -> dict[str, object]:
     factor = 1.5 if settled else 2
     # Where steps are asked for, epochs mean nothing.
     patch: dict[str, object] = (
@@ -53,8 +53,8 @@ def _more_training(codes: set[str], now: pb.TrainingParameters) -> dict[str, obj
         if now.max_steps
         else {"epochs": float(math.ceil(now.epochs * factor))}
     )
-    if settled:  # too high: longer alone would not help, more room does
-        rank = min(now.lora.r * 2, _HIGHEST_RANK)
+    rank = min(now.lora.r * 2, HIGHEST_RANK)
+    if settled and rank > now.lora.r:  # too high: longer alone would not help, more room does
         patch["lora"] = {"r": rank, "alpha": 2.0 * rank}
     return patch
 

@@ -19,6 +19,11 @@ class Judgement:
     signs: list[Sign]
     """Gravest first; those that passed last."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the loss was seen to have come to rest; a run of a few steps shows neither that nor the contrary."""
+        return any(sign.code == "SETTLED" for sign in self.signs)
+
 
 _LOOKS: tuple[Callable[[History, Facts], Sign | None], ...] = (
     signs.not_a_number,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.api.trainer.v1 import trainer_pb2 as pb
+from loraline.core.artifacts.refs import format_ref
 from loraline.core.pages.charts import Line, line_chart
 from loraline.core.pages.frame import page, section
 from loraline.trainer.diagnosis.history import History, Point
 from loraline.trainer.diagnosis.judging import Judgement
-from loraline.trainer.diagnosis.sign import Sign
+from loraline.trainer.diagnosis.sign import Facts, Sign
 
 _WORDS = {
     pb.VERDICT_GOOD: ("good", "The run did what it should."),
@@ -51,8 +53,8 @@ def html_page(
     judgement: Judgement,
     history: History,
     patch: Mapping[str, object],
-    samples: Sequence[pb.SampleAnswers] = (),
-    first_batch: Sequence[pb.BatchRow] = (),
+    facts: Facts | None = None,
+    larger_base: ArtifactRef | None = None,
 ) -> str:
     """Return the page."""
     name = pb.Verdict.Name(judgement.verdict).removeprefix("VERDICT_").replace("_", " ").lower()
@@ -68,18 +70,18 @@ def html_page(
         rows = "".join(_shown(sign) for sign in judgement.signs if sign.phase == phase)
         if rows:
             parts.append(section(heading, f'<ul class="card checks">{rows}</ul>'))
-    if patch:
-        parts.append(section("Run next with", f"<pre>{escape(as_pipeline(patch))}</pre>"))
-    if samples:
-        parts.append(section("What base and adapter answer", _answers(samples)))
-    if first_batch:
-        parts.append(section("What the model was shown first", _batch(first_batch)))
+    if patch or larger_base:
+        parts.append(section("Run next with", f"<pre>{escape(as_pipeline(patch, larger_base))}</pre>"))
+    if facts is not None and facts.samples:
+        parts.append(section("What base and adapter answer", _answers(facts.samples)))
+    if facts is not None and facts.first_batch:
+        parts.append(section("What the model was shown first", _batch(facts.first_batch)))
     parts.extend(_others(history))
     return page(title, parts, style=_STYLE)
 
 
-def as_pipeline(patch: Mapping[str, object]) -> str:
-    """Return settings as a pipeline file writes them: LoRA's own with the prefix lora_."""
+def as_pipeline(patch: Mapping[str, object], base: ArtifactRef | None = None) -> str:
+    """Return settings, and a base to take, as a pipeline file writes them: LoRA's own with the prefix lora_."""
     flat: dict[str, object] = {}
     for name, value in patch.items():
         if name == "lora" and isinstance(value, Mapping):
@@ -89,7 +91,8 @@ def as_pipeline(patch: Mapping[str, object]) -> str:
     lines = [
         f"    {name}: {value:g}" if isinstance(value, float) else f"    {name}: {value}" for name, value in flat.items()
     ]
-    return "\n".join(["train:", "  training_params:", *lines])
+    head = [f"base_model: {{artifact: {format_ref(base)}}}"] if base is not None else []
+    return "\n".join([*head, *(["train:", "  training_params:", *lines] if lines else [])])
 
 
 def _answers(samples: Sequence[pb.SampleAnswers]) -> str:

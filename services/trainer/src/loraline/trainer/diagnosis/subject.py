@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import json_format, struct_pb2
 
+from loraline.api.artifact.v1.artifact_pb2 import Artifact
 from loraline.api.job.v1 import job_pb2
 from loraline.api.trainer.v1 import trainer_pb2 as pb
 from loraline.core.errors import LoralineError, failed_precondition, unsupported
@@ -16,6 +17,7 @@ from loraline.trainer.continuing import checkpoints_folder
 from loraline.trainer.diagnosis.advice import config_patch
 from loraline.trainer.diagnosis.history import History, from_curve, from_state, from_trainer_state, to_curve
 from loraline.trainer.diagnosis.judging import judge
+from loraline.trainer.diagnosis.larger_base import larger_base
 from loraline.trainer.diagnosis.page import html_page
 from loraline.trainer.diagnosis.sign import Facts, Sign, facts_of
 from loraline.trainer.runs import first_batch
@@ -31,19 +33,21 @@ class Subject:
     facts: Facts
     parameters: pb.TrainingParameters
     """Its settings with defaults written out."""
-    first_batch: Sequence[pb.BatchRow] = ()
-    """What the model was shown first."""
+    base: pb.BaseModel = field(default_factory=pb.BaseModel)
+    """What it was trained on; empty where that is unknown."""
 
 
-def diagnose(subject: Subject) -> pb.DiagnoseResponse:
-    """Return the judgement with a patch and a page."""
+def diagnose(subject: Subject, models: Sequence[Artifact] = ()) -> pb.DiagnoseResponse:
+    """Return the judgement with a patch and a page; of the store's `models` a larger base may be advised."""
     judgement = judge(subject.history, subject.facts)
     patch = config_patch(judgement, subject.history, subject.parameters)
+    larger = larger_base(judgement, subject.parameters, subject.base, models)
     answer = pb.DiagnoseResponse(
         verdict=judgement.verdict,
         reasons=[_reason(sign) for sign in judgement.signs],
         loss_curve=to_curve(subject.history),
-        html=html_page(subject.title, judgement, subject.history, patch, subject.facts.samples, subject.first_batch),
+        html=html_page(subject.title, judgement, subject.history, patch, subject.facts, larger),
+        base_model=larger,
         samples=subject.facts.samples,
     )
     if patch:
@@ -77,11 +81,12 @@ def from_jobs(name: str, jobs: Sequence[job_pb2.Job], data_dir: Path) -> Subject
         remedy = "Read reward_accuracy and reward_margin in its progress: their growth is what it learns by."
         raise unsupported("Judging a run of OBJECTIVE_DPO before it has ended", remedy)
     # The loss on pairs begins at 0.69 every time: that it does so again says nothing.
-    facts = Facts(earlier=[] if pairs else [other for _, other in known[1:]])
+    earlier = [] if pairs else [other for _, other in known[1:]]
     if ended:
-        facts = facts_of(result, earlier=facts.earlier, rank=request.parameters.lora.r)
-    shown = first_batch(job, data_dir)
-    return Subject(f"Run {name}", history, facts, resolve(request).parameters, shown)
+        facts = facts_of(result, earlier=earlier, rank=request.parameters.lora.r)
+    else:
+        facts = Facts(earlier=earlier, first_batch=first_batch(job, data_dir))
+    return Subject(f"Run {name}", history, facts, resolve(request).parameters, request.base_model)
 
 
 def _history(job: job_pb2.Job, data_dir: Path) -> History | None:

@@ -32,7 +32,7 @@ def evaluation_steps(rows: int, spec: TrainingSpec) -> int:
 
 
 def training_arguments(
-    rows: int, spec: TrainingSpec, precision: Precision, folder: Path, *, run: str, evaluates: bool
+    rows: int, spec: TrainingSpec, precision: Precision, folder: Path, *, run: str, evaluates: bool, liger: bool = False
 ) -> SFTConfig | DPOConfig:
     """Return the arguments of a run over so many rows an epoch; DPO's where pairs are compared."""
     shared = {
@@ -45,6 +45,7 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         "report_to": list(spec.report_to) or "none",
         "run_name": run,
+        "use_liger_kernel": liger,
         "project": "loraline",
         "disable_tqdm": True,
         "max_length": None,

@@ -1,4 +1,4 @@
-"""What happens while the trainer runs: progress, stopping, sealed checkpoints."""
+"""What happens while the trainer runs: progress, stopping."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraline.core.errors import failed_precondition
-from loraline.trainer import checkpoints
 from loraline.trainer.engines import ranks
-from loraline.trainer.engines.data_position import DataPosition
 
 REWARDS = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
 """Our names of what DPO measures, and TRL's."""
@@ -164,44 +162,3 @@ class Stopping(TrainerCallback):
             control.should_training_stop = True
             control.should_save = cause != "cancel"
         return bool(cause)
-
-
-class SealedCheckpoints(TrainerCallback):
-    """Seals each checkpoint after it was written, then lets old ones go."""
-
-    def __init__(self, observer: RunObserver, *, keep: int, position: DataPosition):
-        self.observer, self.keep, self.position = observer, keep, position
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Have the best state so far saved, whatever save_steps says: rotation can only keep what there is."""
-        loss = (metrics or {}).get("eval_loss", math.inf)
-        cancelled = control.should_training_stop and not control.should_save
-        if not cancelled and loss < (math.inf if state.best_metric is None else state.best_metric):
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seal the checkpoint of this step, once every process has written its part."""
-        ranks.wait_for_all()
-        if not ranks.first():
-            return
-        begin = time.monotonic()
-        folder = Path(str(args.output_dir))
-        checkpoint = folder / f"checkpoint-{state.global_step}"
-        self.position.save(checkpoint)
-        checkpoints.seal(checkpoint)
-        self.observer.saved(checkpoint)
-        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-        checkpoints.rotate(folder, keep=self.keep, best=best)
-        seconds = time.monotonic() - begin
-        self.observer.count("checkpoints", result="saved")
-        self.observer.count("checkpoint_seconds", seconds)
-        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-        self.observer.count("checkpoint_bytes", size)
-        self.observer.note(f"checkpoint at step {state.global_step}", reason="CHECKPOINT_SAVED")

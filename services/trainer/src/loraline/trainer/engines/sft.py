@@ -14,9 +14,10 @@ from loraline.core.errors import LoralineError, failed_precondition, invalid_arg
 from loraline.trainer import checkpoints
 from loraline.trainer.engines import ranks
 from loraline.trainer.engines.arguments import evaluation_steps, training_arguments
-from loraline.trainer.engines.callbacks import REWARDS, LiveProgress, RunObserver, SealedCheckpoints, Stopping
+from loraline.trainer.engines.callbacks import REWARDS, LiveProgress, RunObserver, Stopping
 from loraline.trainer.engines.data_position import data_position
 from loraline.trainer.engines.first_batch import show_first_batch
+from loraline.trainer.engines.kernels import choose_kernels
 from loraline.trainer.engines.loading import Precision, load_adapter
 from loraline.trainer.engines.packing import Pack, pack, pack_collator, pack_dataset
 from loraline.trainer.engines.pair_trainer import PairTrainer, pair_dataset
@@ -25,6 +26,7 @@ from loraline.trainer.engines.resuming import OverdueEvaluation, ResumeReceipt
 from loraline.trainer.engines.row_trainer import RowTrainer, row_dataset
 from loraline.trainer.engines.samples import SampleAnswers
 from loraline.trainer.engines.sampling import EpochSampler
+from loraline.trainer.engines.sealing import SealedCheckpoints
 from loraline.trainer.spec import LoraSpec, TrainingSpec
 
 
@@ -85,12 +87,15 @@ def train(
     resume_from = _resume_point(folder, observer)
     set_seed(spec.seed)
     shown = _shown(data, spec)
-    trainer, stopping = _build(model, tokenizer, data, shown, spec, precision, folder, observer, start)
+    trainer, stopping, sealed = _build(model, tokenizer, data, shown, spec, precision, folder, observer, start)
     if resume_from is None or not start.batch_file.exists():
         show_first_batch(trainer, tokenizer, start.batch_file, observer)
     start.samples.look_at_base(trainer.model)
     begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        sealed.close()
     seconds = time.monotonic() - begin
     log = list(trainer.state.log_history)
     stopped = stopping.stopped
@@ -152,7 +157,10 @@ def _build(
     folder: Path,
     observer: RunObserver,
     start: Start,
-) -> tuple[RowTrainer | PairTrainer, Stopping]:
+) -> tuple[RowTrainer | PairTrainer, Stopping, SealedCheckpoints]:
+    kernels = choose_kernels(model, spec, precision)
+    if kernels.note and ranks.first():
+        observer.note(kernels.note, reason="KERNELS")
     if precision.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
     if start.adapter is not None:
@@ -161,19 +169,27 @@ def _build(
         raise _nothing_to_evaluate()
     tokenizer = _with_pad(tokenizer)
     stopping = Stopping(observer)
+    position = data_position(shown.units, effective_batch=_effective_batch(spec), seed=spec.seed)
+    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints, position=position)
     options: dict[str, Any] = {
         "model": model,
         "args": training_arguments(
-            len(shown.units), spec, precision, folder, run=observer.run, evaluates=bool(data.validation)
+            *(len(shown.units), spec, precision, folder),
+            run=observer.run,
+            evaluates=bool(data.validation),
+            liger=kernels.liger,
         ),
         "processing_class": tokenizer,
         "peft_config": None if start.adapter or spec.full else lora_config(spec.lora),
-        "callbacks": _callbacks(observer, shown, spec, start, stopping),
+        "callbacks": [
+            *(LiveProgress(observer), ResumeReceipt(observer, position), start.samples, stopping, sealed),
+            *([EarlyStoppingCallback(spec.early_stopping_patience)] if spec.early_stopping_patience else []),
+        ],
         "lengths": shown.lengths,
         "order_seed": spec.seed,
         **_datasets(shown, data, spec),
     }
-    if spec.packing:
+    if spec.packing or (kernels.padding_free and not spec.preference):
         options["data_collator"] = pack_collator(int(tokenizer.pad_token_id))  # type: ignore[arg-type]
     try:
         trainer = (PairTrainer if spec.preference else RowTrainer)(**options)
@@ -187,16 +203,7 @@ def _build(
     trainer.remove_callback(PrinterCallback)
     if data.validation:
         trainer.add_callback(OverdueEvaluation(trainer, evaluation_steps(len(shown.units), spec)))
-    return trainer, stopping
-
-
-def _callbacks(observer: RunObserver, shown: _Shown, spec: TrainingSpec, start: Start, stopping: Stopping) -> list[Any]:
-    position = data_position(shown.units, effective_batch=_effective_batch(spec), seed=spec.seed)
-    sealed = SealedCheckpoints(observer, keep=spec.keep_checkpoints, position=position)
-    callbacks = [LiveProgress(observer), ResumeReceipt(observer, position), start.samples, stopping, sealed]
-    if spec.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
-    return callbacks
+    return trainer, stopping, sealed
 
 
 def _datasets(shown: _Shown, data: PreparedData, spec: TrainingSpec) -> dict[str, Any]:

@@ -154,11 +154,13 @@ class _ExistingRunPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exi
     EXISTING_RUN_POLICY_FAIL: _ExistingRunPolicy.ValueType  # 1
     """ALREADY_EXISTS, with the choices."""
     EXISTING_RUN_POLICY_OVERWRITE: _ExistingRunPolicy.ValueType  # 2
-    """Delete its checkpoints and start anew."""
+    """Start anew, and delete its checkpoints, on this machine and in the store, once the first step is made."""
     EXISTING_RUN_POLICY_BACKUP_AND_RESTART: _ExistingRunPolicy.ValueType  # 3
     """Keep its jobs and artifacts and start anew: the run's next adapter is a new version of the same name."""
     EXISTING_RUN_POLICY_CONTINUE: _ExistingRunPolicy.ValueType  # 4
-    """Go on from its last good checkpoint on the machine; epochs and max_steps count from the run's beginning."""
+    """Go on from the newest good checkpoint of its newest job, on this machine or in the store; epochs and max_steps count
+    from the run's beginning.
+    """
 
 class ExistingRunPolicy(_ExistingRunPolicy, metaclass=_ExistingRunPolicyEnumTypeWrapper):
     """What happens when the run's name is already in use."""
@@ -168,11 +170,13 @@ EXISTING_RUN_POLICY_UNSPECIFIED: ExistingRunPolicy.ValueType  # 0
 EXISTING_RUN_POLICY_FAIL: ExistingRunPolicy.ValueType  # 1
 """ALREADY_EXISTS, with the choices."""
 EXISTING_RUN_POLICY_OVERWRITE: ExistingRunPolicy.ValueType  # 2
-"""Delete its checkpoints and start anew."""
+"""Start anew, and delete its checkpoints, on this machine and in the store, once the first step is made."""
 EXISTING_RUN_POLICY_BACKUP_AND_RESTART: ExistingRunPolicy.ValueType  # 3
 """Keep its jobs and artifacts and start anew: the run's next adapter is a new version of the same name."""
 EXISTING_RUN_POLICY_CONTINUE: ExistingRunPolicy.ValueType  # 4
-"""Go on from its last good checkpoint on the machine; epochs and max_steps count from the run's beginning."""
+"""Go on from the newest good checkpoint of its newest job, on this machine or in the store; epochs and max_steps count
+from the run's beginning.
+"""
 Global___ExistingRunPolicy: _TypeAlias = ExistingRunPolicy  # noqa: Y015
 
 class _Launcher:
@@ -1320,6 +1324,7 @@ class DiagnoseResponse(_message.Message):
     LOSS_CURVE_FIELD_NUMBER: _builtins.int
     HTML_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The verdict."""
     html: _builtins.str
@@ -1340,6 +1345,10 @@ class DiagnoseResponse(_message.Message):
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleAnswers]:
         """What base and adapter answered at the end; empty for files and for runs that have not ended."""
 
+    @_builtins.property
+    def base_model(self) -> _artifact_pb2.ArtifactRef:
+        """A larger base of the store to run next on; set where the loss has settled too high and the rank is at its limit."""
+
     def __init__(
         self,
         *,
@@ -1349,10 +1358,11 @@ class DiagnoseResponse(_message.Message):
         loss_curve: _abc.Iterable[Global___LossPoint] | None = ...,
         html: _builtins.str = ...,
         samples: _abc.Iterable[Global___SampleAnswers] | None = ...,
+        base_model: _artifact_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config_patch", b"config_patch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "config_patch", b"config_patch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_patch", b"config_patch", "html", b"html", "loss_curve", b"loss_curve", "reasons", b"reasons", "samples", b"samples", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "config_patch", b"config_patch", "html", b"html", "loss_curve", b"loss_curve", "reasons", b"reasons", "samples", b"samples", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -192,6 +192,9 @@ def _tell(output: Output, answer: trainer_pb2.DiagnoseResponse) -> None:
         output.say("run next with these training_params", "bold cyan")
         for key, value in _flat(dict(answer.config_patch)):
             output.line(f"  {key}: {value}")
+    if answer.HasField("base_model"):
+        output.say("")
+        output.line(f"run next on a larger base: {format_ref(answer.base_model)}", "bold cyan")
 
 
 def _tell_reason(output: Output, reason: trainer_pb2.PlanCheck) -> None:
