@@ -15,6 +15,7 @@ INFERENCE = 'instance="i:9600",job="loraline",service="inference"'
 RUN = f'{TRAINER},run="mareva",base_model="tiny"'
 ENDPOINT = f'{DATAGEN},endpoint="main",model="m"'
 UNBOUND = f'{DATAGEN},endpoint="",model=""'
+STAGES = ("datagen", "trainer", "merger", "inference")
 TTFT = "loraline_inference_time_to_first_token_seconds"
 
 
@@ -72,6 +73,10 @@ def _requests(ok: str, wrong: str, outcome: str = "ENGINE_DEAD") -> dict[str, st
     return {f'{name}"ok"}}': ok, f'{name}"{outcome}"}}': wrong}
 
 
+def _restarts(cause: str, values: str) -> dict[str, str]:
+    return {f'loraline_inference_engine_restarts_total{{{INFERENCE},cause="{cause}"}}': values}
+
+
 def _first_tokens(quick: str, all_: str) -> dict[str, str]:
     return {f'{TTFT}_bucket{{{INFERENCE},le="2.5"}}': quick, f"{TTFT}_count{{{INFERENCE}}}": all_}
 
@@ -108,6 +113,18 @@ FALLS = " ".join(f"{4 - 0.02 * minute:.2f}" for minute in range(121))
 RISES = " ".join(f"{2 + max(0, minute - 20) * 0.1:.2f}" for minute in range(61))
 BUMP = " ".join("1.0" if minute != 40 else "3.0" for minute in range(61))
 FAST, SLOW = "InferenceErrorsBurnFast", "InferenceErrorsBurnSlowly"
+SERVERS_FAULTS = (
+    "INTERNAL", "ENGINE_DEAD", "ENGINE_REFUSED_ADAPTER", "MODEL_NOT_READY", "MODEL_LOAD_FAILED", "QUEUE_FULL",
+    "ADAPTER_PLACES_BUSY", "PROOF_FAILED", "RECEIPT_MISMATCH", "DATABASE_UNREACHABLE", "DATABASE_BUSY",
+    "STORE_UNREACHABLE", "STORE_FAILED", "STORE_ACCESS_DENIED", "STORE_BUCKET_MISSING", "DISK_FULL",
+    "ARTIFACT_DAMAGED", "MANIFEST_DAMAGED", "WEIGHTS_MALFORMED", "PROBES_MALFORMED", "TOKEN_RECEIPT_MALFORMED",
+)  # fmt: skip
+"""Outcomes of answers that spend the error budget."""
+CALLERS_FAULTS = (
+    "PROMPT_TOO_LONG", "KEY_RATE_LIMITED", "MODEL_NOT_SERVED", "NO_MODEL_LOADED", "SESSION_BUSY", "cancelled",
+    "STRUCTURED_ANSWER_INVALID", "DIGEST_MISMATCH", "MALFORMED_REQUEST",
+)  # fmt: skip
+"""Outcomes that spend none."""
 
 FIRES: dict[str, Case | list[Case]] = {
     "TrainingDiverged": Case(_runs("diverged", "0x10 1x20"), 20),
@@ -124,14 +141,16 @@ FIRES: dict[str, Case | list[Case]] = {
     ],
     "TrainingLossPlateau": Case(_run("1.5x150", "0+5x150"), 130),
     "TrainingOutOfMemoryLoop": Case(_one("loraline_trainer_oom_recoveries_total", TRAINER, "0x5 1 2 3 4x20"), 20),
-    "CheckpointFailures": Case(
-        _one("loraline_trainer_checkpoints_total", f'{TRAINER},result="unpublished"', "0x5 1x20"), 20
-    ),
-    "DatagenQuotaExhausted": Case(
+    "CheckpointFailures": [
+        Case(_one("loraline_trainer_checkpoints_total", f'{TRAINER},result="{result}"', "0x5 1x20"), 20)
+        for result in ("unpublished", "torn")
+    ],
+    "DatagenQuotaExhausted": [
         # The series begins with its first pause: an increase alone would not see it.
-        _one("loraline_datagen_pauses_total", f'{ENDPOINT},reason="QUOTA_EXHAUSTED"', "_x40 1x10"),
-        45,
-    ),
+        Case(_one("loraline_datagen_pauses_total", f'{ENDPOINT},reason="QUOTA_EXHAUSTED"', "_x40 1x10"), 45),
+        # One more pause of a series that has long been there: its beginning alone would not show it.
+        Case(_one("loraline_datagen_pauses_total", f'{ENDPOINT},reason="MODEL_COOLDOWN"', "1x35 2x20"), 45),
+    ],
     "DatagenRejectionRateHigh": [
         Case(_rows(accepted="0+2x60", rejected_schema="0+6x60"), 45),
         Case(_rows(accepted="3x60", duplicate="0+8x60"), 45),  # a model that says the same again and again
@@ -150,17 +169,24 @@ FIRES: dict[str, Case | list[Case]] = {
     "JobsFail": Case(_ended("0x5 1x5 2x5 3x30", "0x60"), 30),
     "JobsWithoutRunner": Case(_queue("1x60", "0x60", "0+60x60"), 20),
     "ArtifactVerificationFailed": Case(_one("loraline_artifact_verification_failures_total", MERGER, "0x10 1x20"), 20),
-    "MergeRefused": Case(
-        _one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_MODEL"', "_x10 1x10"), 15
-    ),
-    "AdapterProofFailed": Case(
-        _one("loraline_inference_adapter_loads_total", f'{INFERENCE},result="PROOF_FAILED"', "0x10 1x20"), 20
-    ),
+    "MergeRefused": [
+        Case(_one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_MODEL"', "_x10 1x10"), 15),
+        Case(_one("loraline_merge_refused_total", f'{MERGER},reason="MERGE_CHANGED_MODEL"', "1x70 2x20"), 80),
+    ],
+    "AdapterProofFailed": [
+        Case(_one("loraline_inference_adapter_loads_total", f'{INFERENCE},result="{result}"', "0x10 1x20"), 20)
+        for result in ("PROOF_FAILED", "RECEIPT_MISMATCH")
+    ],
     "InferenceNotReady": Case(_ready("1x5 0x30", "1x35"), 20),
-    "EngineRestarts": Case(
-        _one("loraline_inference_engine_restarts_total", f'{INFERENCE},cause="died"', "0x10 1x5 2 3x20"), 25
-    ),
-    FAST: Case(_requests("0+70x120", "0+30x120"), 100, also=(SLOW,)),
+    "EngineRestarts": [
+        Case(_restarts("died", "0x10 1x5 2 3x20"), 25),
+        Case(_restarts("hung", "0x10 1x5 2 3x20"), 25),
+        Case(_restarts("died", "0x10 1x20") | _restarts("hung", "0x12 1x20"), 25),  # once the one, once the other
+    ],
+    FAST: [
+        Case(_requests("0+70x120", "0+30x120"), 100, also=(SLOW,)),
+        *(Case(_requests("0+70x10", "0+30x10", fault), 10) for fault in SERVERS_FAULTS),
+    ],
     SLOW: Case(_requests("0+90x480", "0+10x480"), 400),
     "FirstTokensBurnFast": Case(_first_tokens("0+10x120", "0+100x120"), 100, also=("FirstTokensBurnSlowly",)),
     "FirstTokensBurnSlowly": Case(_first_tokens("0+80x480", "0+100x480"), 400),
@@ -171,8 +197,8 @@ FIRES: dict[str, Case | list[Case]] = {
     "KvCacheFull": Case(_one("vllm:kv_cache_usage_perc", f'{INFERENCE},engine="0"', "0.99x40"), 30),
     "ServiceDown": [
         Case(_one("up", TRAINER, "1x5 0x20"), 12),
-        Case({}, 12, gone=("inference",)),  # a pod that is pending, or gone
-        Case({}, 12, gone=("datagen", "trainer", "merger", "inference")),
+        *(Case({}, 12, gone=(stage,)) for stage in STAGES),  # a pod that is pending, or gone
+        Case({}, 12, gone=STAGES),
     ],
     "DatabaseUnreachable": Case(_one("loraline_ready", f'{TRAINER},part="database"', "1x5 0x20"), 12),
     "GrpcErrors": Case(_grpc("0+50x40", "0+10x40"), 30),
@@ -236,12 +262,10 @@ STAYS_QUIET: dict[str, list[Case]] = {
         Case(_ready("0x40", "0x40"), 30),  # a fresh server of which nobody has asked anything
         Case(_ready("0x8 1x30", "1x40"), 20),  # a model that took eight minutes to load
     ],
-    "EngineRestarts": [
-        Case(_one("loraline_inference_engine_restarts_total", f'{INFERENCE},cause="died"', "0x10 1x20"), 25),
-    ],
+    "EngineRestarts": [Case(_restarts("died", "0x10 1x20"), 25), Case(_restarts("hung", "0x10 1x20"), 25)],
     FAST: [
         Case(_requests("0+1000x120", "0+1x120"), 100),
-        Case(_requests("0+50x120", "0+50x120", "PROMPT_TOO_LONG"), 100),  # the callers' errors
+        *(Case(_requests("0+50x30", "0+50x30", fault), 30) for fault in CALLERS_FAULTS),
     ],
     SLOW: [Case(_requests("0+99x480", "0+1x480"), 400)],
     "FirstTokensBurnFast": [Case(_first_tokens("0+99x120", "0+100x120"), 100)],
@@ -262,7 +286,7 @@ STAYS_QUIET: dict[str, list[Case]] = {
         Case(
             _one("up", 'instance="l:9600",job="loraline",service="loraline"', "1x20"),
             12,
-            gone=("datagen", "trainer", "merger", "inference"),
+            gone=STAGES,
         ),
     ],
     "DatabaseUnreachable": [Case(_one("loraline_ready", f'{TRAINER},part="database"', "1x5 0 1x20"), 12)],

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from alert_cases import FIRES, STAYS_QUIET, Case
+from alert_cases import FIRES, STAGES, STAYS_QUIET, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/prometheus/rules"
@@ -35,7 +35,6 @@ def _alerts() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-STAGES = ("datagen", "trainer", "merger", "inference")
 NAMES = [alert["alert"] for alert in _alerts()]
 
 

@@ -7,6 +7,7 @@ from panels import Board, Panel
 
 _TTFT = "loraline_inference_time_to_first_token_seconds_bucket"
 _JOBS = "kind:loraline_jobs:max"
+_STAGES = 'service=~"datagen|trainer|merger|inference|loraline"'
 
 
 def _quantiles(series: str, by: str = "") -> dict[str, str]:
@@ -47,6 +48,11 @@ OVERVIEW = Board(
             ),
         ],
         "From data to answers": [
+            Panel(
+                "State of each stage", {"{{service}}": f"min by (service) (loraline_ready or up{{{_STAGES}}})"},
+                kind="stat", width=24, height=4, red_below=1,
+                text="1: it takes work. 0: its server is gone, or a part is not ready; inference without a model is not. The Platform board names the part.",
+            ),
             Panel(
                 "1 · Datagen: rows accepted",
                 {"a minute": 'sum(rate(loraline_datagen_rows_total{outcome="accepted"}[5m])) * 60'}, kind="stat", width=6, height=5,
@@ -186,7 +192,7 @@ PLATFORM = Board(
     {
         "Readiness": [
             Panel("Ready", {"{{service}} {{part}}": "loraline_ready"}, kind="stat", width=12, height=5, red_below=1),
-            Panel("Scraped", {"{{service}} {{instance}}": 'up{service=~"datagen|trainer|merger|inference|loraline"}'}, kind="stat", width=12, height=5, red_below=1),
+            Panel("Scraped", {"{{service}} {{instance}}": f"up{{{_STAGES}}}"}, kind="stat", width=12, height=5, red_below=1),
         ],
         "gRPC": [
             Panel("Calls a second", {"{{service}} {{grpc_service}}": "sum by (service, grpc_service) (rate(grpc_server_handled_total[5m]))"}),
@@ -244,8 +250,8 @@ PLATFORM = Board(
                 "GPU memory held", {"{{instance}} GPU {{gpu}}": "loraline_gpu_memory_used_bytes / loraline_gpu_memory_size_bytes"},
                 unit="percentunit", red_above=0.98, needs="GPU",
             ),
-            Panel("Memory of the servers", {"{{service}}": 'process_resident_memory_bytes{service=~"datagen|trainer|merger|inference|loraline"}'}, unit="bytes", text="Without their jobs' processes."),
-            Panel("CPU of the servers", {"{{service}}": 'rate(process_cpu_seconds_total{service=~"datagen|trainer|merger|inference|loraline"}[5m])'}, text="Cores."),
+            Panel("Memory of the servers", {"{{service}}": f"process_resident_memory_bytes{{{_STAGES}}}"}, unit="bytes", text="Without their jobs' processes."),
+            Panel("CPU of the servers", {"{{service}}": f"rate(process_cpu_seconds_total{{{_STAGES}}}[5m])"}, text="Cores."),
         ],
     },
     {},
