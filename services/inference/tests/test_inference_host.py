@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from served_tools import without_template
 from loraline.api.artifact.v1 import artifact_pb2
 from loraline.api.trainer.v1.trainer_pb2 import BaseModel
 from loraline.core.artifacts.refs import parse_ref
-from loraline.core.errors import LoralineError
+from loraline.core.errors import LoralineError, unavailable
+from loraline.core.evidence.probes import ProbeSet, load_probes
 from loraline.core.serving.component import Platform
 from loraline.inference.engines import tool_calls
 from loraline.inference.engines.choice import choose
@@ -128,13 +130,33 @@ async def test_an_engine_that_dies_while_an_adapter_is_proven_is_no_mystery(
     assert await answer(host, "mareva") == "0 1 2 "
 
 
+def third_adapter(toy: Any, folder: Path) -> Path:
+    """Return a copy of `mareva` with another digest."""
+    copy = Path(shutil.copytree(toy.adapters["mareva"], folder))
+    (copy / "note.txt").write_text("another digest")
+    return copy
+
+
+async def test_the_adapter_asked_last_stays_though_it_came_first(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
+) -> None:
+    for name, folder in {**toy.adapters, "third": third_adapter(toy, tmp_path / "third")}.items():
+        platform.library.publish(ADAPTER, name, folder)
+    host = make_host(max_loaded_adapters=2)
+    await host.load_model(TOY)
+    for name in ("mareva", "selkie", "mareva", "third"):
+        assert await answer(host, name) == "0 1 2 "
+    adapters = host.serving().adapters.list()
+    assert {adapter.ref.name for adapter in adapters if adapter.resident} == {"mareva", "third"}
+    internal = {adapter.internal for adapter in adapters if adapter.resident}
+    assert set(CountingEngine.started[-1].adapters) - {""} == internal
+
+
 async def test_least_recently_used_adapters_swap_under_the_limit(
     make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path
 ) -> None:
     names = ["mareva", "selkie", "third"]
-    folders = [toy.adapters["mareva"], toy.adapters["selkie"]]
-    folders.append(Path(shutil.copytree(folders[0], tmp_path / "third")))
-    (folders[2] / "note.txt").write_text("another digest")
+    folders = [toy.adapters["mareva"], toy.adapters["selkie"], third_adapter(toy, tmp_path / "third")]
     for name, folder in zip(names, folders, strict=True):
         platform.library.publish(ADAPTER, name, folder)
     host = make_host()
@@ -164,6 +186,89 @@ async def test_no_engine_installed_is_not_ready_with_the_remedy(make_host: MakeH
     with pytest.raises(LoralineError) as caught:
         await host.load_model(TOY)
     assert caught.value.reason == "ENGINE_NOT_INSTALLED"
+
+
+def answer_as_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make engines take adapters and then leave them out, as one does whose kernel knows no module of theirs."""
+
+    async def base_only(self: CountingEngine, ids: Sequence[int], adapter: str = "") -> list[float]:
+        figures = self.adapters[""].get(tuple(ids), [-1.0] * (len(ids) - 1))
+        return [math.nan] * (len(ids) - 1 - len(figures)) + figures
+
+    monkeypatch.setattr(CountingEngine, "logprobs", base_only)
+
+
+async def test_an_adapter_that_the_engine_leaves_out_is_refused_within_the_trainers_bound(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(toy.adapters["mareva"], tmp_path / "shifted"))
+    shifted = [
+        replace(probe, adapter_logprobs=[figure - 0.05 for figure in probe.base_logprobs])
+        for probe in load_probes(folder).probes
+    ]
+    ProbeSet("bfloat16", shifted).save(folder)  # 0.05 nats are within the noise of the format, 0.15
+    ref = platform.library.publish(ADAPTER, "shifted", folder).ref
+    host = make_host()
+    await host.load_model(TOY)
+    with monkeypatch.context() as patched:
+        answer_as_the_base(patched)
+        with pytest.raises(LoralineError, match="the base answers under its name") as caught:
+            await host.load_adapter(ref)
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROOF_FAILED")
+    said = caught.value.metadata
+    assert 0 < float(said["mean_abs_diff_from_trainer"]) <= float(said["bound"])  # only the base tells
+    assert float(said["max_abs_diff_from_base"]) <= float(said["floor"])
+    assert set(CountingEngine.started[-1].adapters) == {""}
+    assert (await host.load_adapter(ref)).proof.max_abs_diff_from_base == pytest.approx(0.05)
+
+
+async def test_without_evidence_an_adapter_must_still_differ_from_the_base(
+    make_host: MakeHost, platform: Platform, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = Path(shutil.copytree(toy.adapters["mareva"], tmp_path / "bare"))
+    for name in ("probes.json", "token_receipt.json"):
+        (bare / name).unlink()
+    ref = platform.library.publish(ADAPTER, "bare", bare).ref
+    host = make_host(require_proof=False)
+    await host.load_model(TOY)
+    answer_as_the_base(monkeypatch)
+
+    async def load(self: CountingEngine, internal_name: str, folder: Path) -> None:
+        self.adapters[internal_name] = {}
+
+    monkeypatch.setattr(CountingEngine, "load_adapter", load)
+    with pytest.raises(LoralineError, match="does not differ from the base") as caught:
+        await host.load_adapter(ref)
+    assert caught.value.reason == "PROOF_FAILED"
+    assert set(CountingEngine.started[-1].adapters) == {""}
+
+
+async def test_a_database_that_is_away_is_not_taken_for_an_adapter_that_is(
+    make_host: MakeHost, platform: Platform, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform.library.publish(ADAPTER, "mareva", toy.adapters["mareva"])
+    host = make_host()
+    await host.load_model(TOY)
+    assert await answer(host, "mareva") == "0 1 2 "
+
+    def away(ref: Any) -> Any:
+        raise unavailable("DATABASE_UNREACHABLE", "The database can't be used.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(platform.library, "resolve", away)
+        patched.setattr(platform.library, "get", away)
+        for ask in (answer(host, "mareva"), host.served_name("mareva"), answer(host, "Not A Name")):
+            with pytest.raises(LoralineError) as caught:
+                await ask
+            assert (caught.value.code, caught.value.reason) == (
+                grpc.StatusCode.UNAVAILABLE,
+                "DATABASE_UNREACHABLE",
+            )
+        assert await answer(host) == "0 1 2 "  # the base needs no database
+    with pytest.raises(LoralineError) as caught:
+        await answer(host, "nobody")
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_SERVED")
+    assert await answer(host, "mareva") == "0 1 2 "
 
 
 async def test_adapter_without_evidence_is_refused_unless_allowed(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+import grpc
+
 from loraline.api.artifact.v1.artifact_pb2 import ArtifactRef
 from loraline.core.artifacts.library import ArtifactLibrary
 from loraline.core.artifacts.refs import format_ref
@@ -34,12 +36,17 @@ async def served_aliases(library: ArtifactLibrary, serving: Serving) -> dict[str
 
 
 def aliases_of(library: ArtifactLibrary, refs: Iterable[ArtifactRef]) -> list[list[str]]:
-    """Return the aliases that point at each exact artifact now; blocking. A deleted one has none."""
+    """Return the aliases that point at each exact artifact now; blocking. A deleted one has none.
+
+    UNAVAILABLE while the database is.
+    """
     found: list[list[str]] = []
     for ref in refs:
         try:
             found.append(list(library.get(ref).aliases))
-        except LoralineError:
+        except LoralineError as error:
+            if error.code is not grpc.StatusCode.NOT_FOUND:
+                raise
             found.append([])
     return found
 

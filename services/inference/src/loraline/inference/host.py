@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import grpc
 import structlog
 
 from loraline.api.artifact.v1 import artifact_pb2
@@ -198,6 +199,8 @@ class ModelHost:
         try:
             exact = await self._names.resolve(ref)
         except LoralineError as error:
+            if error.code is not grpc.StatusCode.NOT_FOUND:
+                raise  # a database that is away says nothing about what is served
             raise await self._not_served(serving, model) from error
         known = serving.adapters.get(exact) is not None
         if not known and (not self.settings.load_on_first_use or content_of(exact) in self._state.withdrawn):
