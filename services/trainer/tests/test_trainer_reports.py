@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,53 @@ def test_tensorboard_gets_the_curve(small_base: Path, tmp_path: Path, monkeypatc
     told = [(event.step, event.value) for event in read.Scalars("train/loss")]
     logged = [(entry["step"], pytest.approx(entry["loss"], rel=1e-5)) for entry in finished.run.log if "loss" in entry]
     assert told == logged
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment in which nobody has said where to report to."""
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_DIR", "TRACKIO_PROJECT", "WANDB_DIR",
+                     "WANDB_PROJECT", "WANDB_MODE", "WANDB_API_KEY"):  # fmt: skip
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+
+
+def reported(name: str, base: Path, folder: Path) -> list[float]:
+    """Train three steps that are reported; return their losses."""
+    prepare_reports([name], "harbour", folder / "reports")
+    rows = write_rows(folder / "rows", harbour_rows(8))
+    finished = training.run(inputs(base, rows), spec(max_steps=3, report_to=[name]), folder / "work", Watcher())
+    assert finished is not None
+    return [entry["loss"] for entry in finished.run.log if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_mlflow_gets_the_curve(small_base: Path, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    losses = reported("mlflow", small_base, tmp_path)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'reports' / 'mlflow' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("loraline").experiment_id])
+    assert [point.value for point in client.get_metric_history(run.info.run_id, "loss")] == pytest.approx(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_trackio_gets_the_curve(small_base: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("trackio") is None:  # not imported here: it reads its folder when it is
+        pytest.skip("trackio is not installed")
+    losses = reported("trackio", small_base, tmp_path)
+    with sqlite3.connect(tmp_path / "reports" / "trackio" / "loraline.db") as database:
+        rows = [json.loads(metrics) for (metrics,) in database.execute("SELECT metrics FROM metrics ORDER BY step")]
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_wandb_writes_a_run_to_be_sent_later_where_there_is_no_key(small_base: Path, tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    assert len(reported("wandb", small_base, tmp_path)) == 3
+    wandb.finish()  # as it does when the job's process ends
+    assert os.environ["WANDB_MODE"] == "offline"
+    (kept,) = (tmp_path / "reports" / "wandb" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in kept.read_bytes()

@@ -30,14 +30,18 @@ def prepare_reports(names: Sequence[str], run: str, folder: Path) -> None:
     """
     check_reporters(names)
     for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for variable, value in _places(name, run, folder / name).items():
             os.environ.setdefault(variable, value)
+    if "wandb" in names and not os.environ.get("WANDB_API_KEY"):
+        # Without a key it would ask for one on a terminal that a job does not have; `wandb sync` sends the run later.
+        os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def _places(name: str, run: str, folder: Path) -> dict[str, str]:
     return {
         "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(folder / run)},
         "trackio": {"TRACKIO_DIR": str(folder), "TRACKIO_PROJECT": _PROJECT},
-        "mlflow": {"MLFLOW_TRACKING_URI": folder.as_uri(), "MLFLOW_EXPERIMENT_NAME": _PROJECT},
+        "mlflow": {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_EXPERIMENT_NAME": _PROJECT},
         "wandb": {"WANDB_DIR": str(folder), "WANDB_PROJECT": _PROJECT},
     }[name]
