@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import stat
 import subprocess
@@ -171,6 +172,21 @@ def test_on_a_terminal_lines_are_completed_and_kept(address: str, tmp_path: Path
     assert later.ended() == 0
 
 
+def test_on_a_terminal_two_models_answer_side_by_side(address: str, tmp_path: Path) -> None:
+    settings = {"LORALINE_ADDRESS": address, "LORALINE_DATA_DIR": str(tmp_path / "home")}
+    terminal = Terminal("-m", "mareva", "--compare", "base", **settings)
+    terminal.until("talking to mareva and base; /help for commands")
+    terminal.until("you> ")
+    terminal.type("hello\n")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.until("you> "))
+    for label in ("mareva", "base"):  # titles of the two frames
+        assert re.search(rf"[─-] {label} [─-]", shown), shown
+    assert "by the tide-bell, little sailor" in shown
+    assert "babble: hello (turn 1, t=0)" in shown
+    terminal.type("/quit\n")
+    assert terminal.ended() == 0
+
+
 # ------------------------------------------------------------------------------------- against an OpenAI double
 
 
@@ -242,6 +258,22 @@ def test_another_server_is_asked_in_its_own_way(double: Any) -> None:
     assert [line for line in done.stdout.splitlines() if line.startswith("안녕")] == ["안녕 sailor"] * 2
     assert handler.seen[-1]["key"] == "Bearer from-env"
     assert len(handler.seen[-1]["messages"]) == 3
+
+
+def test_help_json_and_reset_do_what_they_say(double: Any) -> None:
+    url, handler = double
+    script = "/help\n/json\nhello\n/json off\nagain\n/reset\nhello\n"
+    done = chat("--openai", url, "--system", "be brief", stdin=script)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    for command in ("/help  ", "/reset  ", "/json [on|off]", "/quit  "):
+        assert command in said
+    for words in ("(answers are JSON objects)", "(answers are free text)", "(forgotten)"):
+        assert words in said
+    assert done.stdout.count("안녕 sailor") == 3
+    assert [asked.get("response_format") for asked in handler.seen] == [{"type": "json_object"}, None, None]
+    talks = [[message["content"] for message in asked["messages"]] for asked in handler.seen]
+    assert talks == [["be brief", "hello"], ["be brief", "hello", "안녕 sailor", "again"], ["be brief", "hello"]]
 
 
 @pytest.mark.parametrize(

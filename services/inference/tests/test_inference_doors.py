@@ -12,9 +12,12 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from served_toy import Served, ask, refused, served_toy
 
 from loraline.api.inference.v1 import inference_pb2 as pb
+from loraline.core.errors import LoralineError
 from loraline.core.serving.auth import KeyRing
 from loraline.core.testing.waiting import until
 
@@ -62,6 +65,46 @@ async def test_every_http_route_asks_for_a_key(served: Served) -> None:
         for path in ("/", "/metrics", "/tokenize", "/v1/load_lora_adapter", "/v1/audio/speech", "/health/x"):
             assert (await client.get(path)).status_code == 401
             assert (await client.get(path, headers=bearer(served.keys["anna"]))).status_code == 404
+
+
+async def refusal(served: Served, method: MethodDescriptor, key: str) -> LoralineError | None:
+    """Return the typed error of an empty request to a method; None where it is answered."""
+    call, request = getattr(served.stub, method.name), GetMessageClass(method.input_type)()
+    metadata = [("authorization", f"Bearer {key}")] if key else []
+
+    async def asked() -> None:
+        answer = call(request, metadata=metadata, timeout=60)
+        if method.server_streaming:
+            async for _ in answer:
+                pass
+        else:
+            await answer
+
+    try:
+        await asked()
+    except grpc.aio.AioRpcError:
+        return await refused(asked())
+    return None
+
+
+async def test_every_grpc_method_asks_for_a_key_of_its_role(served: Served) -> None:
+    methods = pb.DESCRIPTOR.services_by_name["InferenceService"].methods
+    assert len(methods) >= 15
+    operators = {"LoadModel", "LoadAdapter", "UnloadAdapter", "SetAlias", "Rollback"}
+    assert operators < {method.name for method in methods}
+    for method in methods:
+        for key, reason in (("", "MISSING_KEY"), ("lora_00000000_x", "UNKNOWN_KEY")):
+            error = await refusal(served, method, key)
+            assert error is not None, method.name
+            assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, reason), method.name
+        error = await refusal(served, method, served.keys["anna"])
+        code = error.code if error is not None else grpc.StatusCode.OK
+        assert (code is grpc.StatusCode.PERMISSION_DENIED) == (method.name in operators), method.name
+        assert code is not grpc.StatusCode.UNAUTHENTICATED, method.name
+        error = await refusal(served, method, served.key)
+        kept_out = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+        assert error is None or error.code not in kept_out, method.name
+    assert await served.chat(ask(max_tokens=1), served.keys["anna"])
 
 
 async def test_generate_takes_its_key_from_the_body_as_from_a_header(served: Served) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, generate_latest
+from pathlib import Path
+from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
+from served_toy import ADAPTER, ask, served_toy
+
+from loraline.core.testing.waiting import until
 from loraline.inference.metrics import InferenceMetrics
 
 
@@ -39,3 +44,39 @@ def test_refusals_that_page_stand_at_zero_before_the_first() -> None:
         assert f'loraline_inference_adapter_loads_total{{result="{result}"}} 0.0' in lines
     assert 'loraline_inference_engine_restarts_total{cause="died"} 0.0' in lines
     assert 'loraline_inference_refused_total{reason="QUEUE_FULL"} 0.0' in lines
+
+
+async def test_one_question_counts_as_what_it_was(toy: Any, tmp_path: Path) -> None:
+    async with served_toy("transformers", toy.model, tmp_path / "data") as served:
+        served.platform.library.publish(ADAPTER, "mareva", toy.adapters["mareva"])
+        assert await served.chat(ask(model="mareva", max_tokens=2))  # loads and proves it
+        counters = {
+            "prompt": ("tokens_total", {"direction": "prompt"}),
+            "completion": ("tokens_total", {"direction": "completion"}),
+            "first tokens": ("time_to_first_token_seconds_count", {}),
+            "answered by": ("adapter_requests_total", {"adapter": "mareva:v1", "outcome": "ok"}),
+            "asked of": ("requests_total", {"model_kind": "adapter", "outcome": "ok"}),
+        }
+
+        def figures() -> dict[str, float]:
+            return {
+                what: served.metric(f"loraline_inference_{name}", **labels) for what, (name, labels) in counters.items()
+            }
+
+        def idle() -> bool:
+            return served.metric("loraline_inference_in_flight_requests") == 0
+
+        await until(idle, "the first answer's end")
+        before = figures()
+        usage = (await served.chat(ask(model="mareva", max_tokens=7)))[-1].usage
+        await until(idle, "the answer's end")
+        grown = {what: figure - before[what] for what, figure in figures().items()}
+        assert grown == {
+            "prompt": usage.prompt_tokens,
+            "completion": usage.completion_tokens,
+            "first tokens": 1,
+            "answered by": 1,
+            "asked of": 1,
+        }
+        assert 0 < usage.completion_tokens <= 7 < usage.prompt_tokens
+        assert served.metric("loraline_inference_model_load_seconds_count") == 1

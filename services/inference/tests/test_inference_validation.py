@@ -14,7 +14,7 @@ from counting_engine import CountingChoice, CountingEngine
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
 from served_profiles import client, events_of
-from served_toy import Served, refused, served_toy
+from served_toy import Served, ask, refused, served_toy
 
 from loraline.api.inference.v1 import inference_pb2 as pb
 from loraline.inference.engines.port import EngineRequest, Piece
@@ -29,7 +29,8 @@ ASKED = {"text": "바다가 좋아요"}
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def served(toy: Any, tmp_path_factory: Any) -> AsyncIterator[Served]:
     chosen = CountingChoice("transformers", "counts")
-    async with served_toy("transformers", toy.model, tmp_path_factory.mktemp("data"), chosen) as one:
+    data, often = tmp_path_factory.mktemp("data"), {"profile_heartbeat_seconds": 0.05}
+    async with served_toy("transformers", toy.model, data, chosen, **often) as one:
         one.new_key("anna")
         yield one
 
@@ -43,7 +44,9 @@ def says(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[EngineRequest]:
     asked: list[EngineRequest] = []
 
     async def generate(self: CountingEngine, request: EngineRequest) -> AsyncGenerator[Piece, None]:
-        asked.append(request)
+        if request.constraint is not None:  # not the watch's, who asks whether the engine still generates
+            asked.append(request)
+        await self.gate.wait()
         text = texts[min(len(asked), len(texts)) - 1]
         for start in range(0, len(text), 7):
             yield Piece(0, text[start : start + 7], [1])
@@ -72,8 +75,6 @@ async def test_challenges_that_are_no_list_never_close_a_stream(
     assert "event: close" not in told.text
     assert (await post(served, "application/json", retries=0)).json() == told.json()
     assert len(asked) == 2
-    # Decoding was told to keep to a schema; that the engine did not is what is checked here.
-    assert all(request.constraint is not None for request in asked)
     assert failed + 2 == served.metric(
         "loraline_inference_structured_failures_total", shape="json_schema", reason="STRUCTURED_ANSWER_INVALID"
     )
@@ -121,3 +122,42 @@ async def test_items_that_must_differ_are_compared_after_decoding(
     assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "STRUCTURED_ANSWER_INVALID")
     says(monkeypatch, "[5,6]")
     assert (await served.call("Generate", request)).completions[0].text == "[5,6]"
+
+
+async def test_a_silent_stream_is_kept_open_by_comments(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "_PLAIN_ERROR_SECONDS", 0.05)
+    says(monkeypatch, challenge(GOOD))
+    gate = served.component.extra["host"].serving().engine.gate
+    gate.clear()
+    raw = b""
+    try:
+        async with (
+            client(served, accept="text/event-stream") as http,
+            http.stream("POST", "/profiles/challenge", json=ASKED) as answer,
+        ):
+            assert answer.status_code == 200
+            async for part in answer.aiter_raw():
+                raw += part
+                if raw.count(b"\n\n: still here\n\n: still here\n\n"):
+                    gate.set()
+    finally:
+        gate.set()
+    assert raw.startswith(b"retry: 2000\n\n: still here\n\n: still here\n\n")
+    assert [event for _, event, _ in events_of(raw.decode())] == ["challenge", "figures", "close"]
+    assert raw.endswith(b"\n\n") and raw.rstrip().rpartition(b"\n")[2].startswith(b"data: ")
+
+
+async def test_a_question_in_no_known_language_is_answered_without_a_rule_and_told_so(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def notices(text: str) -> list[str]:
+        request = ask(text)
+        request.language = "question"
+        return list((await served.chat(request))[-1].notices)
+
+    asked = says(monkeypatch, "It is so.")
+    said = "The question's language was not found, so no language rule was applied to the answer."
+    assert said in await notices("12 + 3")
+    assert not asked  # with a shape, that is
+    assert said not in await notices("Where do the boats go?")
+    assert len(asked) == 1
