@@ -226,6 +226,34 @@ def test_gradients_that_leap_are_told() -> None:
     assert "GRADIENT_SPIKES" not in {sign.code for sign in judge(calm).signs}
 
 
+def test_a_loss_that_jumps_about_at_the_end_is_told_with_its_remedy() -> None:
+    """The last fifth alternates; the same mean without jumps is steady."""
+    came_down = falling(0.15)
+
+    def ends(low: float, high: float) -> History:
+        return curve(lambda s: came_down(s) if s <= 0.8 else (low, high)[round(s * STEPS) % 2], noise=0.0)
+
+    found = {sign.code: sign for sign in judge(ends(0.05, 1.0)).signs}
+    said = found["UNSTEADY"]
+    assert not said.passed and "STEADY" not in found
+    assert "0.525 on average, standard deviation 0.475" in said.message
+    assert said.remedy == "Raise batch_size or grad_accum, or lower learning_rate to a half."
+    calm = {sign.code: sign for sign in judge(ends(0.525, 0.525)).signs}
+    assert calm["STEADY"].passed and "UNSTEADY" not in calm
+
+
+def test_training_and_evaluation_that_both_stay_high_are_underfit() -> None:
+    high = curve(falling(1.5), evaluation=falling(1.5))
+    judgement = judge(high)
+    said = next(sign for sign in judgement.signs if sign.code == "UNDERFIT")
+    assert (judgement.verdict, said.verdict, said.passed) == (pb.VERDICT_UNDERTRAINED, pb.VERDICT_UNDERTRAINED, False)
+    assert "both high" in said.message and "larger base" in said.remedy
+    # One of the two alone is another matter: rows that are hard to foretell, or rows learned by heart.
+    for train, evaluation in ((0.2, 1.5), (1.5, 0.8)):
+        other = judge(curve(falling(train), evaluation=falling(evaluation)))
+        assert "UNDERFIT" not in {sign.code for sign in other.signs}
+
+
 def test_a_loss_that_settled_too_high_wants_room_and_then_a_larger_base() -> None:
     high = curve(falling(0.8, pace=30.0), evaluation=falling(0.8, pace=30.0))
     judgement = judge(high, Facts(rank=16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ class Runs:
         self.rows = write_rows(folder / "rows", harbour_rows(8))
         self.count = 0
 
-    def train(self, steps: int = 3, **fields: Any) -> training.FinishedRun:
-        """Train `steps` steps of eight rows with these settings."""
+    def train(self, steps: int = 3, adapter: Path | None = None, **fields: Any) -> training.FinishedRun:
+        """Train `steps` steps of eight rows with these settings, on an earlier adapter where one is given."""
         self.count += 1
         fields = {"lora": PLAIN, "learning_rate": RATE, "lr_scheduler": "constant", **fields}
         asked = spec(max_steps=steps, save_steps=100, **fields)
-        finished = training.run(inputs(self.base, self.rows), asked, self.folder / str(self.count), Watcher())
+        given = replace(inputs(self.base, self.rows), init_adapter=adapter)
+        finished = training.run(given, asked, self.folder / str(self.count), Watcher())
         assert finished is not None
         return finished
 
@@ -63,6 +65,10 @@ def size(finished: training.FinishedRun, part: str) -> float:
     """Return the norm of the adapter's weights whose names have `part`."""
     weights = load_file(finished.folder / "adapter_model.safetensors")
     return math.sqrt(sum(float((tensor**2).sum()) for name, tensor in weights.items() if part in name))
+
+
+def dropout_of(finished: training.FinishedRun) -> float:
+    return json.loads((finished.folder / "adapter_config.json").read_text())["lora_dropout"]
 
 
 SCHEDULES = {
@@ -128,6 +134,24 @@ def test_dora_trains_magnitudes(runs: Runs, plain: training.FinishedRun) -> None
     assert losses(dora)[0] == pytest.approx(losses(plain)[0], abs=1e-3)
     assert losses(dora)[-1] < losses(dora)[0]
     assert load_probes(dora.folder).max_shift > 1e-3
+
+
+def test_dropout_is_in_the_config_and_in_the_steps(runs: Runs, plain: training.FinishedRun) -> None:
+    """The first step's loss is the base's whatever is dropped, for lora_B begins at zero."""
+    dropped = runs.train(lora=pb.LoraParameters(r=4, dropout=0.5))
+    assert [dropout_of(run) for run in (dropped, plain)] == [0.5, 0.0]
+    assert losses(dropped)[0] == losses(plain)[0]
+    assert all(abs(one - other) > 1e-4 for one, other in zip(losses(dropped)[1:], losses(plain)[1:], strict=True))
+
+
+def test_dropout_goes_for_an_earlier_adapter_too(runs: Runs, plain: training.FinishedRun) -> None:
+    """The run's setting counts, not the one that the adapter was trained with."""
+    still = runs.train(adapter=plain.folder)
+    dropped = runs.train(adapter=plain.folder, lora=pb.LoraParameters(r=4, dropout=0.5))
+    assert [dropout_of(run) for run in (dropped, still)] == [0.5, 0.0]
+    assert all(abs(one - other) > 1e-4 for one, other in zip(losses(dropped), losses(still), strict=True))
+    again = runs.train(adapter=dropped.folder)
+    assert dropout_of(again) == 0.0
 
 
 def test_int8_trains(runs: Runs, plain: training.FinishedRun) -> None:
