@@ -19,10 +19,11 @@ TYPESCRIPT = ROOT / "examples" / "clients" / "typescript"
 
 @pytest.fixture(scope="session")
 def typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a built copy of the TypeScript example."""
+    """Return a built copy of the TypeScript example. LORALINE_REQUIRE_NPM=1 makes a missing npm a failure."""
     npm = shutil.which("npm")
-    if npm is None:
+    if npm is None and os.environ.get("LORALINE_REQUIRE_NPM") != "1":
         pytest.skip("node and npm are not installed here; the TypeScript client is not tried")
+    assert npm is not None, "npm is required by LORALINE_REQUIRE_NPM, and is not installed"
     folder = tmp_path_factory.mktemp("node") / "loraline" / "examples" / "clients" / "typescript"
     shutil.copytree(TYPESCRIPT, folder, ignore=shutil.ignore_patterns("node_modules", "build", "gen"))
     for name in ("proto", "third_party", "buf.yaml"):

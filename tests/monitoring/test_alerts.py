@@ -6,8 +6,6 @@ that every query parses and names only metrics that exist is tested without it, 
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from alert_cases import FIRES, STAGES, STAYS_QUIET, Case
+from programs import program
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/prometheus/rules"
-# Where a person says that the programs are there, a missing one is a failure: LORALINE_REQUIRE_PROMETHEUS=1.
-REQUIRED = os.environ.get("LORALINE_REQUIRE_PROMETHEUS") == "1"
-
-
-def _program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None and not REQUIRED:
-        pytest.skip(f"{name} is not installed: not evaluated here. It has no PyPI package; Debian's is `prometheus`.")
-    assert path is not None, f"{name} is required"
-    return path
 
 
 def _alerts() -> list[dict[str, Any]]:
@@ -78,7 +67,7 @@ def _evaluate(folder: Path, *cases: tuple[Case, list[str]]) -> subprocess.Comple
     rules = [str(path) for path in sorted(RULES.glob("*.yml"))]
     file = folder / "case.yml"
     file.write_text(yaml.safe_dump({"rule_files": rules, "evaluation_interval": "1m", "tests": tests}))
-    return subprocess.run([_program("promtool"), "test", "rules", str(file)], capture_output=True, text=True)
+    return subprocess.run([program("promtool"), "test", "rules", str(file)], capture_output=True, text=True)
 
 
 def _firing(name: str) -> list[Case]:
@@ -101,16 +90,17 @@ def test_a_history_that_expects_nothing_is_refused_when_the_alert_fires(tmp_path
 
 
 def test_prometheus_reads_its_configuration() -> None:
-    promtool = _program("promtool")
     done = subprocess.run(
-        [promtool, "check", "config", str(ROOT / "deploy/prometheus/prometheus.yml")], capture_output=True, text=True
+        [program("promtool"), "check", "config", str(ROOT / "deploy/prometheus/prometheus.yml")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(NAMES)} rules found" in done.stdout
 
 
 def test_alertmanager_reads_its_configuration_and_sends_pages_first() -> None:
-    amtool, file = _program("amtool"), str(ROOT / "deploy/alertmanager/alertmanager.yml")
+    amtool, file = program("amtool"), str(ROOT / "deploy/alertmanager/alertmanager.yml")
     done = subprocess.run([amtool, "check-config", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for severity, receiver in (("page", "page"), ("ticket", "ticket"), ("info", "shown-only")):

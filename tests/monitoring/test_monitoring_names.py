@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -12,10 +13,17 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from alert_cases import SERVERS_FAULTS
 from boards_platform import INFERENCE, OVERVIEW, PLATFORM
 from catalogue import LABELS, VLLM, Family, families, render
 from dashboards import BOARDS, main
-from queries import fill_in, labels_of_result, names_in
+from queries import fill_in, labels_of_result, names_in, values_in
+
+from loraline.api.job.v1.job_pb2 import JobState
+from loraline.core.jobs.model import state_name
+from loraline.core.serving.grpc_metrics import _CODES
+from loraline.core.serving.interceptor import _GRPC_TYPES
+from loraline.datagen.publish.outcomes import ACCEPTED, REFUSED, TOLD_BESIDES
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_BASE_UNITS = re.compile(r"_(ms|millis|milliseconds|mib|gib|mb|gb|kb|percent|minutes|hours)(_|$)")
@@ -122,6 +130,111 @@ def test_labels_of_answers() -> None:
         "topk(3, x) > 0.5": {"kind", "state"},
     }.items():
         assert labels_of_result(query, known) == wanted, query
+
+
+def _words(*folders: str) -> set[str]:
+    """Return the texts that a program gives to calls or to names; what it only compares with is none of them."""
+    found: set[str] = set()
+    for folder in folders:
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name == "metrics.py":  # it shows series before anything is counted: that makes no value real
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                given: list[ast.expr] = []
+                if isinstance(node, ast.Call):
+                    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+                elif isinstance(node, ast.Assign):
+                    given = [node.value]
+                given += [branch for one in given if isinstance(one, ast.IfExp) for branch in (one.body, one.orelse)]
+                found |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+    return found
+
+
+Values = dict[tuple[str, str], set[str]]
+CORE = "packages/core/src"
+
+
+@pytest.fixture(scope="module")
+def values_of(catalogue: list[Family]) -> Values:
+    """What the labels can be, by series and label: shown by fresh servers, or said by the code that counts."""
+    known: Values = {}
+    for series, label, value in set[tuple[str, str, str]]().union(*(family.shown for family in catalogue)):
+        known.setdefault((series, label), set()).add(value)
+    inference, datagen = _words("services/inference/src", CORE), _words("services/datagen/src", CORE)
+    known["loraline_inference_requests_total", "outcome"] = {word for word in inference if word.isupper()}
+    for series, label in (("adapter_loads_total", "result"), ("refused_total", "reason")):
+        known[f"loraline_inference_{series}", label] &= inference  # shown, and given to somebody as well
+    known["loraline_datagen_rows_total", "outcome"] = {ACCEPTED, *TOLD_BESIDES, *REFUSED}
+    known["loraline_datagen_pauses_total", "reason"] = {word for word in datagen if word.isupper()}
+    known["loraline_datagen_requests_total", "result"] = datagen
+    known["grpc_server_handled_total", "grpc_code"] = set(_CODES.values())
+    known["grpc_server_handling_seconds_bucket", "grpc_type"] = set(_GRPC_TYPES.values())
+    known["loraline_http_key_refusals_total", "part"] = known["loraline_ready", "part"]
+    states = {state_name(state).lower() for state in JobState.values() if state}
+    known["loraline_job_duration_seconds_count", "state"] &= states
+    kinds = known["loraline_jobs_submitted_total", "kind"]
+    for recorded in ("kind:loraline_jobs:max", "kind:loraline_job_queue_age_seconds:max", "loraline_jobs"):
+        known |= {(recorded, "state"): states, (recorded, "kind"): kinds}
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    services = {one["labels"]["service"] for job in scraped for one in job["static_configs"]}
+    for series in ("up", "process_cpu_seconds_total", "process_resident_memory_bytes"):
+        known[series, "service"] = services | {"loraline"}  # `loraline up`: a comment in that file
+    known["ALERTS", "alertstate"] = {"firing", "pending"}  # Prometheus' own
+    return known
+
+
+def _unknown(query: str, known: Values) -> list[str]:
+    """Return the selectors of a query that no series can fit."""
+    return [
+        f'{series}{{{label}="{value}"}}'
+        for series, label, value in sorted(values_in(query))
+        if value not in (".*", ".+") and not any(re.fullmatch(value, one) for one in known.get((series, label), ()))
+    ]
+
+
+def test_every_query_asks_for_values_that_the_code_gives(values_of: Values) -> None:
+    for where, query in _queries():
+        assert not _unknown(query, values_of), f"{where}: nothing says {_unknown(query, values_of)}"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        'loraline_trainer_runs_total{verdict="divergent"}',
+        'loraline_trainer_checkpoints_total{result=~"torn|unsent"}',
+        'loraline_inference_adapter_loads_total{result=~"PROOF_FAILED|RECEIPT_DIFFERS"}',
+        'loraline_inference_requests_total{outcome=~"INTERNAL|MOTOR_.*"}',
+        'loraline_inference_requests_total{outcome="QUEUE_IS_FULL"}',
+        'loraline_datagen_pauses_total{reason!~"BUDGET_SPENT|LLM_CANDIDATES_EXHAUSTED"}',
+        'loraline_datagen_rows_total{outcome!~"accepted|polished"}',
+        'loraline_inference_time_to_first_token_seconds_bucket{le="2"}',
+        'loraline_job_duration_seconds_count{state="broken"}',
+        'kind:loraline_jobs:max{kind="trainer.tune"}',
+        'loraline_ready{part="postgres"}',
+        'up{service="tuner"}',
+        'loraline_inference_sessions{owner="x"}',
+    ],
+)
+def test_a_value_that_nothing_gives_is_named(query: str, values_of: Values) -> None:
+    assert len(_unknown(query, values_of)) == 1
+
+
+def test_windows_of_the_error_budget_count_the_same_outcomes() -> None:
+    asked = {
+        rule["record"]: frozenset(value for _, label, value in values_in(rule["expr"]) if label == "outcome")
+        for rule in _rules()
+        if rule.get("record", "").startswith("inference:errors:")
+    }
+    assert len(asked) == 4
+    assert len(set(asked.values())) == 1
+
+
+def test_the_error_budget_counts_every_failure_of_the_server() -> None:
+    """The histories hold every outcome that the pattern names, so that a pattern without histories cannot come in."""
+    rule = next(rule for rule in _rules() if rule.get("record") == "inference:errors:ratio_rate5m")
+    patterns = {value for _, label, value in values_in(rule["expr"]) if label == "outcome"}
+    idle = {pattern for pattern in patterns if not any(re.fullmatch(pattern, one) for one in SERVERS_FAULTS)}
+    assert not idle, f"no history in alert_cases.py has {idle}"
 
 
 def test_recorded_series_are_all_used() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from catalogue import families
+from programs import program
 from queries import labels_of_result, names_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +54,6 @@ CASES: list[tuple[str, dict[str, str], float]] = [
 
 @pytest.mark.parametrize(("target", "series", "wanted"), CASES)
 def test_what_waits_counts(target: str, series: dict[str, str], wanted: float, tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed: not evaluated here. It has no PyPI package; Debian's is `prometheus`.")
     case: dict[str, Any] = {
         "interval": "1m",
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
@@ -66,5 +63,5 @@ def test_what_waits_counts(target: str, series: dict[str, str], wanted: float, t
     }
     file = tmp_path / "case.yml"
     file.write_text(yaml.safe_dump({"rule_files": [], "evaluation_interval": "1m", "tests": [case]}))
-    done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True)
+    done = subprocess.run([program("promtool"), "test", "rules", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

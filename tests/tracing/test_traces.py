@@ -32,6 +32,7 @@ with tracing.recording("harbour") as problem, tracing.span("morning"), Loraline.
 """
 POOLS = {"place": {"items": [{"text": f"pier {n}"} for n in range(12)]}}
 TEMPLATE = {"rows": 12, "pools": POOLS, "templates": [{"prompt": "Where is {place}?", "response": "{place} is west."}]}
+SECRET = "sk-verysecretvalue123"
 REQUEST = json.dumps({"name": "piers", "sources": [{"template": TEMPLATE}]})
 
 
@@ -141,14 +142,50 @@ def test_a_batch_systems_span_is_passed_on_by_callers_without_opentelemetry(
     assert {"job datagen.generate", "datagen.generate", "artifact publish"} <= names
 
 
-def test_failed_jobs_and_calls_are_marked_and_tell_no_secret(collector: Collector, tmp_path: Path) -> None:
+def test_failed_jobs_and_calls_are_marked(collector: Collector, tmp_path: Path) -> None:
     broken = REQUEST.replace('"rows": 12', '"rows": 500')  # more than the pools can give
     code = CALLER.replace("print(client.jobs.wait(job.name).name)", "client.jobs.wait(job.name)")
     with serving(tmp_path, **variables(collector, "grpc")) as server:
         server.call(code, broken)
         server.stop()
-    failed = {span.name for span in collector.spans() if span.failed}
-    assert {"job datagen.generate", "datagen.generate"} <= failed
+    failed = {span.name: span.why for span in collector.spans() if span.failed}
+    assert failed["job datagen.generate"] == "the job failed"
+    assert failed["datagen.generate"]
+
+
+def test_a_secret_in_an_error_is_in_no_span(collector: Collector) -> None:
+    """The spans of the client, of a server's block, and of a call's details."""
+    code = f"""
+from loraline.client import tracing as client
+from loraline.core import tracing
+
+def leaks():
+    raise RuntimeError("api_key={SECRET} leaked")
+
+with client.recording("harbour"):
+    try:
+        with client.span("morning"):
+            leaks()
+    except RuntimeError:
+        pass
+with tracing.recording(["inference"]):
+    try:
+        with tracing.span("block"):
+            leaks()
+    except RuntimeError:
+        pass
+    with tracing.span("details") as span:
+        span.fail("the store says api_key={SECRET}")
+"""
+    environment = {**os.environ, **variables(collector, "grpc")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    spans = {span.name: span for span in collector.spans()}
+    assert all(spans[name].failed for name in ("morning", "block", "details"))
+    assert spans["morning"].why == "RuntimeError" and not spans["morning"].told
+    assert spans["block"].why.startswith("RuntimeError: ") and spans["block"].why.endswith("leaked")
+    assert spans["details"].why.startswith("the store says")
+    assert SECRET not in repr(collector.spans())
 
 
 def test_nothing_is_imported_where_nobody_asks(tmp_path: Path) -> None:
@@ -199,7 +236,7 @@ from loraline.core.serving.http_auth import HttpKeyAuth
 
 async def session(request):
     if request.path_params["name"] == "bad":
-        raise RuntimeError("api_key=sk-verysecretvalue123 leaked")
+        raise RuntimeError("api_key=SECRET leaked")
     return PlainTextResponse(str(bool(tracing.carrier())))
 
 async def main():
@@ -213,7 +250,7 @@ async def main():
 
 with tracing.recording(["inference"]):
     asyncio.run(main())
-"""
+""".replace("SECRET", SECRET)
     trace = "0af7651916cd43dd8448eb211c80319d"
     environment = {**os.environ, **variables(collector, "grpc")}
     done = subprocess.run(
@@ -229,5 +266,6 @@ with tracing.recording(["inference"]):
     )
     assert good.facts["http.response.status_code"] == 200 and not good.failed
     (bad,) = [span for span in collector.spans() if span.failed]
-    assert bad.facts["url.path"] == "/v1/sessions/bad"
+    assert bad.facts["url.path"] == "/v1/sessions/bad" and bad.why
+    assert SECRET not in repr(collector.spans())
     assert {span.name for span in collector.spans()} == {"GET /v1/sessions/{name}", "GET"}

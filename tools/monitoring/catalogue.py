@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,8 @@ class Family:
     labels: tuple[str, ...]
     text: str
     services: tuple[str, ...]
+    shown: frozenset[tuple[str, str, str]] = frozenset()
+    """Series, label and value of what fresh servers show before anything has happened; a histogram's `le` is one."""
 
     @property
     def unit(self) -> str:
@@ -128,9 +130,9 @@ def families() -> list[Family]:
     found: dict[str, Family] = {}
     with _plain_environment():
         for service in STAGES:
-            for name, kind, labels, text in asyncio.run(_of_service(service)):
-                services = (*found[name].services, service) if name in found else (service,)
-                found[name] = Family(name, kind, labels, text, services)
+            for new in asyncio.run(_of_service(service)):
+                old = found.get(new.name, Family(new.name, new.kind, new.labels, new.text, ()))
+                found[new.name] = replace(new, services=(*old.services, service), shown=old.shown | new.shown)
     for name, (kind, labels, text) in VLLM.items():
         found[name] = Family(name, kind, labels, text, ("inference",))
     return sorted(found.values(), key=lambda family: family.name)
@@ -150,11 +152,11 @@ def _plain_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-async def _of_service(service: str) -> list[tuple[str, str, tuple[str, ...], str]]:
+async def _of_service(service: str) -> list[Family]:
     with tempfile.TemporaryDirectory() as folder:
         settings = CoreSettings(data_dir=Path(folder) / "d", listen=f"127.0.0.1:{free_port()}", metrics_listen="")
         platform = open_platform(settings)
-        stop, declared = asyncio.Event(), []
+        stop, declared = asyncio.Event(), list[Family]()
 
         def ready(_: Any) -> None:
             declared.extend(_declared(platform.registry))
@@ -167,15 +169,23 @@ async def _of_service(service: str) -> list[tuple[str, str, tuple[str, ...], str
     return declared
 
 
-def _declared(registry: Any) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+def _declared(registry: Any) -> Iterator[Family]:
+    shown: dict[str, set[tuple[str, str, str]]] = {}
+    for metric in registry.collect():
+        values = {(sample.name, *pair) for sample in metric.samples for pair in sample.labels.items()}
+        shown.setdefault(_full_name(metric), set()).update(values)
     for collector in list(registry._collector_to_names):
         own: list[Metric] = list(collector.describe()) if hasattr(collector, "describe") else list(collector.collect())
         for metric in own:
             labels = getattr(collector, "_labelnames", None) or getattr(metric, "_labelnames", None)
             if not labels:
                 labels = sorted({label for sample in metric.samples for label in sample.labels})
-            name = metric.name + ("_total" if metric.type == "counter" else "_info" if metric.type == "info" else "")
-            yield name, metric.type, tuple(labels), metric.documentation
+            name = _full_name(metric)
+            yield Family(name, metric.type, tuple(labels), metric.documentation, (), frozenset(shown.get(name, ())))
+
+
+def _full_name(metric: Metric) -> str:
+    return metric.name + ("_total" if metric.type == "counter" else "_info" if metric.type == "info" else "")
 
 
 _HEAD = """# Metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import promql_parser as promql
@@ -20,22 +20,35 @@ def fill_in(query: str) -> str:
 
 def names_in(query: str) -> set[str]:
     """Return the names of series that a query reads. ValueError says where it does not parse."""
-    names: set[str] = set()
-    _visit(promql.parse(query), names)
-    return names
+    return {_name(selector) for selector in _selectors(promql.parse(query))}
 
 
-def _visit(node: object, names: set[str]) -> None:
+def _name(selector: Any) -> str:
+    return selector.name or next((m.value for m in selector.matchers.matchers if m.name == "__name__"), "")
+
+
+def _selectors(node: object) -> Iterator[Any]:
     if isinstance(node, promql.VectorSelector):
-        name = node.name or next((m.value for m in node.matchers.matchers if m.name == "__name__"), "")
-        names.add(name)
+        yield node
         return
-    for attribute in ("expr", "lhs", "rhs", "vector_selector", "param"):
-        child = getattr(node, attribute, None)
+    children = [getattr(node, name, None) for name in ("expr", "lhs", "rhs", "vector_selector", "param")]
+    for child in (*children, *(getattr(node, "args", None) or ())):
         if child is not None:
-            _visit(child, names)
-    for child in getattr(node, "args", None) or ():
-        _visit(child, names)
+            yield from _selectors(child)
+
+
+def values_in(query: str) -> set[tuple[str, str, str]]:
+    """Return series, label and value of all that a query's selectors ask for or shut out, alternatives one by one.
+
+    A pattern that is more than alternatives stays as it is: see whether a value matches it.
+    """
+    found: set[tuple[str, str, str]] = set()
+    for selector in _selectors(promql.parse(query)):
+        for matcher in selector.matchers.matchers:
+            pattern = matcher.op in (promql.MatchOp.Re, promql.MatchOp.NotRe)
+            values = matcher.value.split("|") if pattern else [matcher.value]
+            found |= {(_name(selector), matcher.name, value) for value in values}
+    return found
 
 
 def labels_of_result(query: str, labels_of: Mapping[str, set[str]]) -> set[str]:
@@ -56,7 +69,7 @@ def _result(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
 
 
 def _of_selector(node: Any, labels_of: Mapping[str, set[str]]) -> set[str]:
-    name = node.name or next((m.value for m in node.matchers.matchers if m.name == "__name__"), "")
+    name = _name(node)
     _refuse({m.name for m in node.matchers.matchers} - {"__name__"} - labels_of[name], name)
     return set(labels_of[name])
 

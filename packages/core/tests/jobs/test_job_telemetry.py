@@ -118,7 +118,8 @@ async def test_what_a_job_remarks_stands_in_the_services_log(
     configure("json", "info")
     try:
         await start_runner()
-        counted = await queue.submit(testing.COUNT, testing.struct(to=1, seconds=0))
+        whose = {"run": "mareva"}
+        counted = await queue.submit(testing.COUNT, testing.struct(to=1, seconds=0), labels=whose)
         crashed = await queue.submit(testing.CRASH, testing.struct(how="typed"))
         lines: list[dict[str, Any]] = []
         await until(lambda: _left(lines, capsys, 2), "both jobs' ends")
@@ -132,6 +133,9 @@ async def test_what_a_job_remarks_stands_in_the_services_log(
     failure = told[crashed.name, "Row 7 of train.jsonl has no messages."]
     assert (failure["level"], failure["reason"]) == ("error", "ROW_INVALID")
     assert told[crashed.name, "job_left"]["state"] == "FAILED"
+    for event in ("job_submitted", "job_started", "Start at 0", "job_left"):
+        assert told[counted.name, event]["labels"] == whose, event
+    assert "labels" not in told[crashed.name, "job_left"]
 
 
 def _left(lines: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], jobs: int) -> bool:

@@ -33,14 +33,23 @@ def headers() -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def span(name: str, **attributes: str) -> Iterator[None]:
-    """Record what happens in the block, where the program records anything."""
+    """Record what happens in the block, where the program records anything.
+
+    Of an exception the span tells the type alone: its text may hold what callers keep to themselves.
+    """
     if "opentelemetry.trace" not in sys.modules:
         yield
         return
     from opentelemetry import trace
 
-    with trace.get_tracer("loraline").start_as_current_span(name, attributes=attributes):
-        yield
+    tracer = trace.get_tracer("loraline")
+    quiet = {"record_exception": False, "set_status_on_exception": False}
+    with tracer.start_as_current_span(name, attributes=attributes, **quiet) as recorded:
+        try:
+            yield
+        except Exception as error:
+            recorded.set_status(trace.Status(trace.StatusCode.ERROR, type(error).__name__))
+            raise
 
 
 @contextmanager

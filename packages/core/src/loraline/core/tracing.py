@@ -59,10 +59,10 @@ class Span:
         self._span.update_name(name)
 
     def fail(self, description: str) -> None:
-        """Mark the span as failed."""
+        """Mark the span as failed; the description is told without secrets."""
         from opentelemetry.trace import Status, StatusCode
 
-        self._span.set_status(Status(StatusCode.ERROR, description))
+        self._span.set_status(Status(StatusCode.ERROR, mask(description)))
 
 
 _NO_SPAN = NoSpan()
@@ -179,7 +179,7 @@ def span(
             yield found
         except Exception as error:
             if errors:
-                found.fail(mask(f"{type(error).__name__}: {error}"))
+                found.fail(f"{type(error).__name__}: {error}")
             raise
 
 

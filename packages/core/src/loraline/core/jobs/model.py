@@ -73,6 +73,7 @@ class Claim:
     queue_seconds: float
     trace: str = ""
     """The span that asked for the job, as tracing.to_text wrote it; empty for none."""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

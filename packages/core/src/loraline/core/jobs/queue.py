@@ -58,7 +58,8 @@ class JobQueue:
         job, created = await asyncio.to_thread(self.table.create, new)
         if created:
             self._observer.job_submitted(handler.kind)
-            log.info("job_submitted", job=job.name, kind=handler.kind, job_request_id=request_id)
+            whose = {"labels": new.labels} if new.labels else {}
+            log.info("job_submitted", job=job.name, kind=handler.kind, job_request_id=request_id, **whose)
         return job
 
     async def get(self, name: str) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ class SqlLeases(SqlRows):
                     jobs.c.attempt,
                     jobs.c.last_sequence,
                     jobs.c.trace,
+                    jobs.c.labels,
                     (now - jobs.c.queue_time).label("waited"),
                 )
             )
@@ -75,7 +77,8 @@ class SqlLeases(SqlRows):
             if row is None:
                 return None
             self._append(connection, row.name, row.last_sequence, row.attempt, [state_change(QUEUED, RUNNING)])
-            return Claim(row.name, row.kind, row.epoch, row.attempt, max(0.0, float(row.waited)), row.trace)
+            waited, labels = max(0.0, float(row.waited)), json.loads(row.labels)
+            return Claim(row.name, row.kind, row.epoch, row.attempt, waited, row.trace, labels)
 
     def reap(self, max_attempts: int, keep: Collection[str] = ()) -> list[Takeover]:
         """Take RUNNING jobs whose lease has run out from their runners."""

@@ -156,8 +156,8 @@ class Supervisor(threading.Thread):
         for remark in pipe.take_remarks():
             level = logging.getLevelNamesMapping().get(str(remark.pop("level", "")).upper(), logging.INFO)
             event, source = str(remark.pop("event", "")), remark.pop("logger", "")
-            whose = {"job": self.claim.name, "kind": self.claim.kind, "attempt": self.claim.attempt, "source": source}
-            _log.log(level, event, **{**remark, **whose})
+            whose = {"kind": self.claim.kind, "attempt": self.claim.attempt, "source": source}
+            _log.log(level, event, **{**remark, **self._whose(), **whose})
 
     def _send_payload(self, child: subprocess.Popen[bytes], telemetry: int) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead already; its return code says more
@@ -263,7 +263,12 @@ class Supervisor(threading.Thread):
         return patiently(write, self._settings.lease_seconds)
 
     def _tell(self, event: str, **facts: object) -> None:
-        self._on_event(event, {"job": self.claim.name, "epoch": self.claim.epoch, **facts})
+        self._on_event(event, {**self._whose(), "epoch": self.claim.epoch, **facts})
+
+    def _whose(self) -> dict[str, object]:
+        """Return what every line says: the job, and its labels, of which the run's name is one."""
+        labels = {"labels": self.claim.labels} if self.claim.labels else {}
+        return {"job": self.claim.name, **labels}
 
 
 def _kill_group(group: int) -> None:

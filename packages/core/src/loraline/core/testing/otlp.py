@@ -24,7 +24,11 @@ class TakenSpan:
     id: str
     parent: str
     failed: bool
+    why: str
+    """What its status says."""
     facts: dict[str, Any]
+    told: tuple[dict[str, Any], ...]
+    """The attributes of its events."""
 
 
 @dataclass
@@ -52,9 +56,14 @@ class Collector:
 
 
 def _taken(service: str, span: Any) -> TakenSpan:
-    facts = {a.key: getattr(a.value, a.value.WhichOneof("value") or "string_value") for a in span.attributes}
     ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
-    return TakenSpan(span.name, service, *ids, failed=span.status.code == 2, facts=facts)
+    told = tuple(_facts(event.attributes) for event in span.events)
+    failed, why = span.status.code == 2, span.status.message
+    return TakenSpan(span.name, service, *ids, failed=failed, why=why, facts=_facts(span.attributes), told=told)
+
+
+def _facts(attributes: Any) -> dict[str, Any]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value") or "string_value") for a in attributes}
 
 
 class _Service(trace_service_pb2_grpc.TraceServiceServicer):
