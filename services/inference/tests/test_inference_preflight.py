@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import shutil
@@ -16,12 +17,12 @@ from served_profiles import widened
 from loraline.api.inference.v1 import inference_pb2
 from loraline.core.diagnostics import match
 from loraline.core.errors import LoralineError
-from loraline.core.preflight import recognised
+from loraline.core.preflight import Finding, recognised
 from loraline.inference.base_model import parse_base
 from loraline.inference.config import InferenceSettings
 from loraline.inference.engines import last_words
 from loraline.inference.engines.choice import EngineChoice
-from loraline.inference.preflight import engine, gpu
+from loraline.inference.preflight import diagnosis, engine, gpu
 from loraline.inference.preflight.diagnosis import Diagnoses
 from loraline.inference.readiness import Readiness
 from loraline.inference.servicer import InferenceServicer
@@ -214,14 +215,63 @@ async def test_an_engine_that_cannot_start_is_explained_in_the_status(make_host:
 
 
 @pytest.mark.asyncio
-async def test_a_hopeless_start_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hopeless_start_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine, "has_gpu", lambda: True)
     monkeypatch.setattr(engine, "check_gpus", lambda share, needed: gpu.check_gpus(share, needed, smi))
-    diagnoses = Diagnoses(InferenceSettings(gpu_memory_utilization=0.9), Readiness())
+    diagnoses = Diagnoses(InferenceSettings(gpu_memory_utilization=0.9), Readiness(), tmp_path)
     with pytest.raises(LoralineError, match=r"highest value that fits now is 0\.53") as refused:
         await diagnoses.before("vllm", "model/toy:v1")
     assert refused.value.metadata["cause"] == "GPU_MEMORY_TOO_SMALL"
-    await Diagnoses(InferenceSettings(gpu_memory_utilization=0.5), Readiness()).before("vllm", "model/toy:v1")
+    may = Diagnoses(InferenceSettings(gpu_memory_utilization=0.5), Readiness(), tmp_path)
+    await may.before("vllm", "model/toy:v1")
+
+
+class WaitingEngine(CountingEngine):
+    """An engine that is never built to its end, as long as the gate is closed."""
+
+    gate_of_start = asyncio.Event()
+
+    async def start(self, model_folder: Path, options: Any) -> None:
+        await self.gate_of_start.wait()
+        await super().start(model_folder, options)
+
+
+class WaitingChoice(CountingChoice):
+    def create(self) -> Any:
+        return WaitingEngine()
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_and_half_installed_packages_stand_in_the_status_before_the_engine_is_built(
+    make_host: MakeHost, platform: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+
+    def full(folder: Path) -> Finding:
+        looked.append(folder)
+        return Finding("disk", "failed", f"{folder} has 0.1 GiB free", "DISK_FULL")
+
+    undone = Finding("package manager", "warning", "an installation was interrupted", "PACKAGE_MANAGER_INTERRUPTED")
+    monkeypatch.setattr(diagnosis, "check_engine", lambda _: iter(()))
+    monkeypatch.setattr(diagnosis, "disk", full)
+    monkeypatch.setattr(diagnosis, "package_manager", lambda: undone)
+    WaitingEngine.gate_of_start = asyncio.Event()
+    host = make_host(lambda _: WaitingChoice("vllm", "test"))
+    loading = asyncio.create_task(host.load_model(TOY))
+    await until(lambda: "starting vllm" in host.why_not_ready)
+    nothing: Any = None
+    servicer = InferenceServicer(host, generation_of(host), nothing, nothing)
+    told = (await servicer.GetCapabilities(inference_pb2.GetCapabilitiesRequest(), nothing)).diagnoses
+    assert [one.reason for one in told] == ["DISK_FULL", "PACKAGE_MANAGER_INTERRUPTED"]
+    assert "→" in told[0].explanations["ko"]
+    assert looked == [platform.settings.data_dir]
+    WaitingEngine.gate_of_start.set()
+    await loading
+    # What is well is not told.
+    monkeypatch.setattr(diagnosis, "disk", lambda folder: Finding("disk", "ok", f"{folder} has 40.0 GiB free"))
+    monkeypatch.setattr(diagnosis, "package_manager", lambda: Finding("package manager", "ok", "nobody"))
+    await host.load_model(TOY, "again")
+    assert host.diagnoses.known() == []
 
 
 @pytest.mark.asyncio

@@ -56,7 +56,7 @@ class ModelHost:
         self._serving: Serving | None = None
         self._changing = asyncio.Lock()
         self._readiness = Readiness()
-        self.diagnoses = Diagnoses(settings, self._readiness)
+        self.diagnoses = Diagnoses(settings, self._readiness, core.data_dir)
         self._holds = Holds(library.database, lambda: self._serving)
         self._watch = EngineWatch(settings, lambda: None if self._changing.locked() else self._serving, self._restart)
         self._backoff = Backoff(settings.restart_backoff_seconds)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import structlog
 
 from loraline.core.diagnostics import find
 from loraline.core.errors import LoralineError, failed_precondition
 from loraline.core.preflight import Finding, recognised
+from loraline.core.preflight.machine import disk, package_manager
 from loraline.inference.config import InferenceSettings
 from loraline.inference.engines.port import EngineFacts
 from loraline.inference.preflight.engine import check_engine
@@ -27,8 +29,9 @@ _HOPELESS = frozenset({"GPU_MEMORY_TOO_SMALL"})
 class Diagnoses:
     """The problems of the last start, and of the engine's last end, for GetCapabilities."""
 
-    def __init__(self, settings: InferenceSettings, readiness: Readiness):
+    def __init__(self, settings: InferenceSettings, readiness: Readiness, data_dir: Path):
         self._settings = settings
+        self._data_dir = data_dir
         self._readiness = readiness
         self._told_of: dict[str, str] = {}
         self.findings: list[Finding] = []
@@ -42,7 +45,7 @@ class Diagnoses:
         """
         self.findings = list(doubts)
         if engine == "vllm":
-            found = await asyncio.to_thread(lambda: list(check_engine(self._settings)))
+            found = await asyncio.to_thread(self._look)
             self.findings += [finding for finding in found if finding.level != "ok"]
         for finding in self.findings:
             _log.warning("preflight", check=finding.check, reason=finding.reason, said=finding.said)
@@ -50,6 +53,10 @@ class Diagnoses:
             if finding.reason in _HOPELESS:
                 message = f"{described} cannot be loaded with {engine}: {finding.said}"
                 raise failed_precondition("MODEL_LOAD_FAILED", message, engine=engine, cause=finding.reason)
+
+    def _look(self) -> list[Finding]:
+        """Look at the engine's needs, and at what vLLM stumbles over later: a full disk, packages half installed."""
+        return [*check_engine(self._settings), disk(self._data_dir), package_manager()]
 
     def settings_in_force(self, facts: EngineFacts) -> None:
         """Say in the log, once for each, which settings that were given the running engine does not follow."""
