@@ -43,8 +43,9 @@ def span(name: str, **attributes: str) -> Iterator[None]:
     from opentelemetry import trace
 
     tracer = trace.get_tracer("loraline")
-    quiet = {"record_exception": False, "set_status_on_exception": False}
-    with tracer.start_as_current_span(name, attributes=attributes, **quiet) as recorded:
+    with tracer.start_as_current_span(
+        name, attributes=attributes, record_exception=False, set_status_on_exception=False
+    ) as recorded:
         try:
             yield
         except Exception as error:
