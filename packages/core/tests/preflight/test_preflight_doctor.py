@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
 from loraline.core.preflight.command import register
+from loraline.core.preflight.model_folder import check_model_folder
 from loraline.core.serving.addresses import free_port
 from loraline.core.serving.http import MetricsServer
 
@@ -73,6 +75,57 @@ def test_a_model_folder_is_looked_into(place: Path) -> None:
     code, text = doctor("--model", str(place / "model"))
     assert code == 1
     assert "config.json" in text
+
+
+def test_every_part_of_the_machine_is_looked_at_by_core_and_by_the_stages() -> None:
+    """What inference checks comes by its entry point, as in a whole installation."""
+    pytest.importorskip("loraline.inference")
+    code, output = doctor("--format", "json")
+    found = {one["check"]: one for one in json.loads(output)}
+    of_core = {"port gRPC", "port metrics", "disk", "package manager", "hub", "server"}
+    assert of_core | {"port HTTP", "C compiler", "GPU"} <= set(found)
+    assert all(one["level"] in {"ok", "warning", "failed"} and one["said"] for one in found.values())
+    assert "model folder" not in found  # none was given
+    assert code == int(any(one["level"] == "failed" for one in found.values()))
+
+
+def model_of(folder: Path, heads: int) -> Path:
+    """Write a model of one layer of attention, 16 wide, whose config says how many heads of 4 there are."""
+    folder.mkdir()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_attention_heads": heads, **sizes}
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True, "eos_token_id": 6}))
+    layer = {f"self_attn.{name}_proj": [16, 16] for name in "qkvo"}
+    layer |= {"mlp.gate_proj": [32, 16], "mlp.up_proj": [32, 16], "mlp.down_proj": [16, 32]}
+    layer |= {"input_layernorm": [16], "post_attention_layernorm": [16]}
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": [8, 16], "model.norm.weight": [16]}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(end))
+    vocabulary = {letter: number for number, letter in enumerate("abcdef")} | {"</s>": 6}
+    end_token = {"id": 6, "content": "</s>", "special": True, "normalized": False}
+    tokenizer = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": [end_token]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+def test_what_only_the_mergers_check_sees_of_a_model_is_found(place: Path) -> None:
+    pytest.importorskip("loraline.merger")
+    good, bad = model_of(place / "good", 4), model_of(place / "bad", 3)
+    for folder in (good, bad):  # to core's own check both are whole
+        assert [finding.level for finding in check_model_folder(folder)] == ["ok"]
+    code, text = doctor("--model", str(good))
+    assert code == 0, text
+    assert f"{good} is whole" in text
+    code, text = doctor("--model", str(bad))
+    assert code == 1
+    assert "FAILED   model folder: " in text
+    assert "num_attention_heads 3 × head_dim 4 = 12, but" in text
 
 
 def test_a_log_is_explained(place: Path) -> None:
