@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from opentelemetry.sdk import environment_variables
+from pydantic_settings import BaseSettings
+
+from loraline.core.config import CoreSettings
+from loraline.datagen.config import DatagenSettings
+from loraline.inference.config import InferenceSettings
+from loraline.merger.config import MergerSettings
+from loraline.trainer.config import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))  # operator_schemas.py stands beside the tests
 KUBERNETES = ROOT / "deploy/kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
+
+
+OWN = {
+    "datagen": DatagenSettings,
+    "trainer": TrainerSettings,
+    "merger": MergerSettings,
+    "inference": InferenceSettings,
+}
+OTEL = {name for name in vars(environment_variables).values() if isinstance(name, str) and name.startswith("OTEL_")}
+HUB = {"HF_ENDPOINT", "HF_HOME", "HF_TOKEN_PATH", "HF_HUB_OFFLINE"}
+LLM = {"LLM_BASE_URL", "LLM_MODEL", "LLM_API_KEY_FILE"}
+
+
+@pytest.fixture(scope="session")
+def unread() -> Callable[[str, Iterable[str]], set[str]]:
+    """Return what tells which variables of a stage's environment nothing in it reads."""
+
+    def of(settings: type[BaseSettings]) -> set[str]:
+        prefix = settings.model_config.get("env_prefix", "")
+        return {prefix + name.upper() for name in settings.model_fields}
+
+    return lambda stage, given: set(given) - of(CoreSettings) - of(OWN[stage]) - OTEL - HUB - LLM
 
 
 @dataclass

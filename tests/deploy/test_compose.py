@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from loraline.core.config import CoreSettings
 from loraline.core.serving.auth import KeyRing
+from loraline.inference.config import InferenceSettings
+from loraline.inference.system_prompts import SystemPrompts
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("datagen", "trainer", "merger", "inference")
@@ -114,22 +118,57 @@ def test_images_are_built_on_one_exact_python() -> None:
 
 def test_what_is_waited_for_has_a_health_check(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
-        if name in STAGES:
-            assert "HEALTHCHECK" in (ROOT / "services" / name / "Dockerfile").read_text()
-        else:
-            assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
+        assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
         for awaited, how in service.get("depends_on", {}).items():
             assert how["condition"] == "service_healthy", f"{name} waits for {awaited}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_are_checked_as_their_images_are(compose: dict[str, Any], stage: str) -> None:
+    """Images in OCI's format, as podman builds them, have no check of their own."""
+    dockerfile = (ROOT / "services" / stage / "Dockerfile").read_text()
+    found = re.search(r"^HEALTHCHECK ([^\\]+)\\\n\s+CMD (\[.*\])$", dockerfile, re.MULTILINE)
+    assert found
+    options = dict(option.removeprefix("--").split("=") for option in found[1].split())
+    given = compose["services"][stage]["healthcheck"]
+    assert given["test"] == ["CMD", *json.loads(found[2])]
+    assert {name.replace("_", "-"): str(value) for name, value in given.items() if name != "test"} == options
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_is_one_that_the_services_read(compose: dict[str, Any], stage: str, unread: Any) -> None:
+    assert not unread(stage, compose["services"][stage]["environment"])
+    assert unread(stage, ["LORALINE_MAX_CONCURRENT_JOB"]), "the check sees typos"
+
+
+def test_limits_are_the_services_own_until_somebody_sets_them(compose: dict[str, Any]) -> None:
+    told = {name: with_defaults(text) for name, text in compose["services"]["inference"]["environment"].items()}
+    fields = InferenceSettings.model_fields
+    for name in ("max_model_len", "max_loaded_adapters", "gpu_memory_utilization", "kv_cache_gib"):
+        assert float(told[f"LORALINE_INFERENCE_{name.upper()}"]) == fields[name].default, name
+    jobs = CoreSettings.model_fields["max_concurrent_jobs"].default
+    for stage in STAGES:
+        given = compose["services"][stage]["environment"]
+        assert int(with_defaults(given["LORALINE_MAX_CONCURRENT_JOBS"])) == jobs, stage
+
+
+def test_system_prompts_are_a_file_that_inference_reads(compose: dict[str, Any]) -> None:
+    service = compose["services"]["inference"]
+    mounts = [with_defaults(mount).split(":") for mount in service["volumes"]]
+    (source,) = [source for source, inside, *_ in mounts if inside.endswith("system_prompts.yaml")]
+    assert [source, service["environment"]["LORALINE_INFERENCE_SYSTEM_PROMPTS_FILE"], "ro"] in mounts
+    SystemPrompts.load(ROOT / source)  # refuses what it cannot read
 
 
 def test_mounts_are_named_volumes_or_files_of_this_repository(compose: dict[str, Any]) -> None:
     used: set[str] = set()
     for name, service in compose["services"].items():
         for mount in service.get("volumes", []):
-            source, _, rest = mount.partition(":")
+            source, _, rest = with_defaults(mount).partition(":")
             if source.startswith("."):
                 assert rest.endswith(":ro"), f"{name}: {mount}"
-                assert any((ROOT / source).rglob("*.*")), f"{name}: nothing is in {source}"
+                there = (ROOT / source).is_file() or any((ROOT / source).rglob("*.*"))
+                assert there, f"{name}: nothing is in {source}"
             else:
                 used.add(source)
     assert used == set(compose["volumes"])

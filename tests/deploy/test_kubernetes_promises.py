@@ -9,28 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.sdk import environment_variables
 from prometheus_client import CollectorRegistry, generate_latest
 
 from loraline.core.config import CoreSettings
 from loraline.core.errors import LoralineError
 from loraline.core.serving.health import LIVENESS
 from loraline.core.serving.opening import open_platform
-from loraline.datagen.config import DatagenSettings
-from loraline.inference.config import InferenceSettings
 from loraline.inference.metrics import InferenceMetrics
-from loraline.merger.config import MergerSettings
-from loraline.trainer.config import TrainerSettings
 
 STAGES = {"datagen", "trainer", "merger", "inference"}
-OWN = {
-    "datagen": DatagenSettings,
-    "trainer": TrainerSettings,
-    "merger": MergerSettings,
-    "inference": InferenceSettings,
-}
-OTEL = {name for name in vars(environment_variables).values() if isinstance(name, str) and name.startswith("OTEL_")}
-OTHERS = OTEL | {"HF_HOME", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "LLM_BASE_URL", "LLM_MODEL", "LLM_API_KEY_FILE"}
 RESTRICTED_VOLUMES = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
 
@@ -170,14 +157,17 @@ def test_models_are_downloaded_once(overlay: Any) -> None:
         assert "ephemeral" in data, "two pods never share a data folder"
 
 
-def test_every_setting_is_one_that_the_services_read(overlay: Any) -> None:
-    def of(settings: Any) -> set[str]:
-        prefix = settings.model_config["env_prefix"]
-        return {prefix + name.upper() for name in settings.model_fields}
-
+def test_every_setting_is_one_that_the_services_read(overlay: Any, unread: Any) -> None:
     for stage in STAGES:
-        unknown = set(overlay.environment(stage)) - of(CoreSettings) - of(OWN[stage]) - OTHERS
-        assert not unknown, stage
+        assert not unread(stage, overlay.environment(stage)), stage
+
+
+def test_what_others_run_is_reached_by_tls(rendered: Any) -> None:
+    for name in ("external-postgres-s3", "production"):
+        for stage in STAGES:
+            told = rendered[name].environment(stage)
+            assert told["LORALINE_S3_SECURE"] == "true", f"{name}: {stage}"
+            assert told["LORALINE_DATABASE_URL"].partition("?")[2] == "sslmode=require", f"{name}: {stage}"
 
 
 def test_what_the_settings_name_is_what_the_network_lets_through(rendered: Any) -> None:
