@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,16 @@ def test_containers_get_longer_to_stop_than_a_checkpoint(compose: dict[str, Any]
     grace = with_defaults(service["stop_grace_period"])
     # The server allows itself five seconds for jobs and calls, and five for the rest.
     assert int(grace.removesuffix("s")) >= seconds + 15
+
+
+def test_the_handbook_lists_versions_by_what_the_images_have() -> None:
+    """The images have no `loraline` command."""
+    page = (ROOT / "docs/operate.md").read_text()
+    (stage, code), *more = re.findall(r"^    docker compose exec -T (\S+) python -c (\".*\")$", page, re.MULTILINE)
+    assert stage in STAGES and not more
+    done = subprocess.run(["bash", "-c", f'"$0" -c {code}', sys.executable], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {f"{name} {version(name)}" for name in ("grpcio", "loraline-core")} <= set(done.stdout.splitlines())
 
 
 def test_gpus_come_by_the_second_file_to_trainer_and_inference() -> None:
