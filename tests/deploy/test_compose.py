@@ -271,8 +271,26 @@ def test_images_run_as_nobody_in_particular(stage: str) -> None:
     final = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
     assert "USER 10001" in final
     tools = re.compile(r"\b(gcc|g\+\+|clang|make|cmake|build-essential|cargo|rustc|git|pip|uv)\b")
-    builders = [line for line in final if line.startswith(("RUN", " ")) and tools.search(line)]
+    runs = [line for line in final if line.startswith(("RUN", " ")) and not line.startswith("RUN rm -rf ")]
+    builders = [line for line in runs if tools.search(line)]
     assert all("gpu" in line and "gcc" in line for line in builders), "compilers belong to the build stage"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_images_keep_no_installer(stage: str, tmp_path: Path) -> None:
+    """The base image's pip, setuptools and wheel stand in no bill of materials."""
+    text = (ROOT / "services" / stage / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    (command,) = re.findall(r"^RUN (rm -rf /usr/local/.*)$", text, re.MULTILINE)
+    lib, programs = tmp_path / "lib/python3.11", tmp_path / "bin"
+    gone = [lib / "site-packages/pip", lib / "site-packages/setuptools-79.0.1.dist-info", lib / "ensurepip"]
+    gone += [programs / name for name in ("pip", "pip3", "pip3.11", "wheel")]
+    kept = [lib / "json", lib / "site-packages", programs / "python3.11", tmp_path / "share"]
+    for folder in (*gone, *kept):
+        folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["sh", "-euc", command.replace("/usr/local", str(tmp_path))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in gone if path.exists()]
+    assert all(path.exists() for path in kept)
 
 
 def test_secrets_are_made_once_and_the_key_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
