@@ -147,6 +147,25 @@ def test_the_cache_says_what_is_missing_by_name(hub: SmallHub, home: Path) -> No
     assert ask(home, hub.url, "look")["complete"]
 
 
+def test_a_revision_brings_its_own_bytes_beside_the_newest(hub: SmallHub, home: Path) -> None:
+    older = "89abcdef" * 5
+    hub.others[MODEL, older] = {**FILES, SHARDS[0]: b"older" * 1200}
+    hub.tags["v1"] = older
+    newest = ask(home, hub.url, "download")
+    for revision in ("v1", older):
+        seen = ask(home, hub.url, "see", revision=revision)
+        assert seen["bytes"] == 13_000 and older[:12] in seen["message"]
+        got = ask(home, hub.url, "download", revision=revision)
+        assert got["commit"] == older and got["folder"] != newest["folder"]
+        assert (Path(got["folder"]) / SHARDS[0]).read_bytes() == b"older" * 1200
+        assert (Path(got["folder"]) / SHARDS[1]).read_bytes() == FILES[SHARDS[1]]
+    # Both stay, and both are found without the Hub.
+    for revision, commit, content in (("v1", older, b"older" * 1200), ("", COMMIT, FILES[SHARDS[0]])):
+        again = ask(home, closed_port(), "download", revision=revision)
+        assert again["commit"] == commit, again
+        assert (Path(again["folder"]) / SHARDS[0]).read_bytes() == content
+
+
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"])
 def test_offline_means_that_the_hub_is_not_asked(hub: SmallHub, home: Path, variable: str) -> None:
     refused = ask(home, hub.url, "download", **{variable: "1"})

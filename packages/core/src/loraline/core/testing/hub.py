@@ -21,6 +21,10 @@ class SmallHub:
 
     url: str = ""
     models: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
+    others: dict[tuple[str, str], Mapping[str, bytes]] = field(default_factory=dict)
+    """Files of a model's other commits, by (id, commit); `models` is what `main` and COMMIT give."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Commits by the names of tags."""
     gated: set[str] = field(default_factory=set)
     """Models whose list is public and whose files answer 403, as the Hub does without an accepted licence."""
     token: str = ""
@@ -65,38 +69,43 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"", body=body)
 
     def _listing(self, model: str, rest: list[str], query: dict[str, list[str]], body: bool) -> None:
-        files = self._files(model, rest[1] if len(rest) > 1 else "main", body)
-        if files is None:
+        found = self._files(model, rest[1] if len(rest) > 1 else "main", body)
+        if found is None:
             return
+        commit, files = found
         if rest[:1] == ["tree"]:
             content: object = [
                 {"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in files.items()
             ]
         else:
             siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
-            content = {"id": model, "sha": COMMIT, "siblings": siblings, "gated": model in self.hub.gated}
+            content = {"id": model, "sha": commit, "siblings": siblings, "gated": model in self.hub.gated}
         self._send(200, json.dumps(content).encode(), body=body)
 
     def _file(self, model: str, revision: str, name: str, body: bool) -> None:
-        files = self._files(model, revision, body)
-        if files is None:
+        found = self._files(model, revision, body)
+        if found is None:
             return
+        commit, files = found
         if model in self.hub.gated:
             self._send(403, b"", body=body, error="GatedRepo")
         elif name not in files:
             self._send(404, b"", body=body, error="EntryNotFound")
         else:
             torn = body and name in self.hub.torn
-            self._send(200, files[name], body=body, etag=_etag(files[name]), torn=torn)
+            self._send(200, files[name], body=body, etag=_etag(files[name]), commit=commit, torn=torn)
 
-    def _files(self, model: str, revision: str, body: bool) -> Mapping[str, bytes] | None:
-        files = self.hub.models.get(model)
-        if files is None:
+    def _files(self, model: str, revision: str, body: bool) -> tuple[str, Mapping[str, bytes]] | None:
+        """Return the commit that a revision stands for, with its files; answer 404 and return None when unknown."""
+        newest = self.hub.models.get(model)
+        commit = COMMIT if revision == "main" else self.hub.tags.get(revision, revision)
+        files = newest if commit == COMMIT else self.hub.others.get((model, commit))
+        if newest is None:
             self._send(404, b"", body=body, error="RepoNotFound")
-        elif revision not in ("main", COMMIT):
+        elif files is None:
             self._send(404, b"", body=body, error="RevisionNotFound")
         else:
-            return files
+            return commit, files
         return None
 
     def _send(
@@ -108,6 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind: str = "",
         error: str = "",
         etag: str = "",
+        commit: str = "",
         torn: bool = False,
     ) -> None:
         self.send_response(status)
@@ -117,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", error)
         if etag:
             self.send_header("ETag", f'"{etag}"')
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
         self.end_headers()
         if body:
             self.wfile.write(data[: len(data) // 2] if torn else data)
