@@ -150,6 +150,39 @@ def test_a_second_run_on_pairs_did_not_start_anew_for_its_first_loss(tmp_path: P
     assert "STARTED_ANEW" not in {reason.code for reason in answer.reasons}
 
 
+def test_a_run_that_goes_on_is_judged_by_its_newest_sealed_checkpoint(tmp_path: Path) -> None:
+    """Its job has no result yet; what was logged up to the checkpoint is its curve."""
+    running = job_pb2.Job(name="jobs/2", state=job_pb2.JOB_STATE_RUNNING)
+    parameters = pb.TrainingParameters(epochs=4, lora=pb.LoraParameters(r=8))
+    running.spec.Pack(pb.TrainRequest(name="mareva", parameters=parameters))
+    with pytest.raises(LoralineError) as caught:
+        from_jobs("mareva", [running], tmp_path)
+    assert (caught.value.reason, caught.value.code.name) == ("RUN_WITHOUT_HISTORY", "FAILED_PRECONDITION")
+    assert "jobs/2" in caught.value.message and caught.value.metadata["job"] == "jobs/2"
+    log = [{"step": point.step, "loss": point.loss, "mean_token_accuracy": 0.7} for point in SETTLED.points]
+    log.insert(50, {"step": 50, "eval_loss": 0.9})
+    for step in (50, 100):
+        folder = checkpoints_folder(tmp_path, "jobs/2") / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        state = {"log_history": [entry for entry in log if entry["step"] <= step], "epoch": step / 50}
+        (folder / "trainer_state.json").write_text(json.dumps({**state, "num_train_epochs": 4}))
+        if step == 50:
+            checkpoints.seal(folder)
+    # The one without a seal is being written: what it holds does not count yet.
+    assert len(diagnose(from_jobs("mareva", [running], tmp_path)).loss_curve) == 50
+    checkpoints.seal(folder)
+    subject = from_jobs("mareva", [running], tmp_path)
+    assert (subject.history.epochs, subject.history.planned_epochs, subject.parameters.lora.r) == (2.0, 4.0, 8)
+    answer = diagnose(subject)
+    assert [(point.step, point.loss) for point in answer.loss_curve] == [
+        (point.step, pytest.approx(point.loss)) for point in SETTLED.points
+    ]
+    assert [point.step for point in answer.loss_curve if point.HasField("eval_loss")] == [50]
+    assert answer.verdict == pb.VERDICT_UNDERTRAINED
+    # Its adapter is not published yet, which is no fault.
+    assert not {"FILES_MISSING", "FILES_COMPLETE"} & {reason.code for reason in answer.reasons}
+
+
 def test_a_run_on_pairs_that_has_not_ended_is_not_judged(tmp_path: Path) -> None:
     folder = checkpoints_folder(tmp_path, "jobs/2") / "checkpoint-60"
     folder.mkdir(parents=True)
