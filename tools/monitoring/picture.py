@@ -98,14 +98,19 @@ def said(value: float, unit: str) -> str:
 
 
 def _stat(card: Any, panel: Panel, lines: dict[str, Line]) -> None:
-    value = list(lines.values())[-1].values[-1] if lines else None
-    bad = value is not None and (
-        (panel.red_above is not None and value >= panel.red_above)
-        or (panel.red_below is not None and value < panel.red_below)
-    )
-    text = "none" if value is None else said(value, panel.unit)
-    card.text(0.5, 0.42, text, transform=card.transAxes, color=_COLOURS[4] if bad else _COLOURS[0], fontsize=19,
-              ha="center", va="center", weight="bold")  # fmt: skip
+    """Write the newest values side by side, with their names where there are several."""
+    shown: list[tuple[str, float | None]] = [(name, line.values[-1]) for name, line in lines.items()] or [("", None)]
+    for number, (name, value) in enumerate(shown):
+        bad = value is not None and (
+            (panel.red_above is not None and value >= panel.red_above)
+            or (panel.red_below is not None and value < panel.red_below)
+        )
+        middle = (number + 0.5) / len(shown)
+        text = "none" if value is None else said(value, panel.unit)
+        card.text(middle, 0.42, text, transform=card.transAxes, color=_COLOURS[4] if bad else _COLOURS[0], fontsize=19,
+                  ha="center", va="center", weight="bold")  # fmt: skip
+        if len(shown) > 1:
+            card.text(middle, 0.12, name, transform=card.transAxes, color=_FAINT, fontsize=8, ha="center", va="center")
 
 
 def _table(card: Any, panel: Panel, lines: dict[str, Line]) -> None:
