@@ -67,6 +67,10 @@ def test_an_evaluation_counts_for_the_time_left_and_not_for_the_speed_told_with_
     assert (metrics["step_seconds"], metrics["tokens_per_second"]) == (2.0, 200.0)
     # More evaluations will come: what they take is part of the pace.
     assert eta == 24 / 2 * 8
+    run.now = 130.0  # six seconds of sample answers
+    run.live.on_step_begin(run.arguments, run.state, TrainerControl())
+    _, metrics = run.log(33, 132.0, loss=0.4, num_tokens=1200.0)
+    assert (metrics["step_seconds"], metrics["tokens_per_second"], metrics["samples_per_second"]) == (2.0, 200.0, 8.0)
 
 
 def test_the_end_leaves_nothing_to_wait_for(run: Run) -> None:

@@ -106,6 +106,16 @@ def test_weights_that_are_torn_are_refused(small_base: Path, tmp_path: Path, how
     assert weights.name in caught.value.message and list(caught.value.metadata) == ["file"]
 
 
+@pytest.mark.parametrize("left", [5, 2000], ids=["header", "weights"])
+def test_torn_weights_are_refused_when_they_are_loaded(small_base: Path, tmp_path: Path, left: int) -> None:
+    base = copy_of(small_base, tmp_path / "torn")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(LoralineError) as caught:
+        load_model(base, Precision("fp32", "none", ""))
+    assert caught.value.reason == "MODEL_UNREADABLE"
+
+
 def test_weights_of_another_shape_are_refused(small_base: Path, tmp_path: Path) -> None:
     """Otherwise transformers would go on with random weights in their place."""
     from safetensors.torch import load_file

@@ -8,9 +8,11 @@ from typing import Any
 from loraline.trainer.spec import TrainingSpec
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "": 2}
-_ACTIVATION_BYTES = 34
-"""Bytes of activations per token, layer and unit of width that a 16-bit transformer keeps for the backward pass, the
-attention matrix aside (Korthikanti et al. 2022, "Reducing Activation Recomputation", eq. 1: sbh·34)."""
+_KEPT_OF_WIDTH, _KEPT_OF_MLP = 8, 4
+"""Numbers per token and layer that are kept for the backward pass, in units of the model's width and of its MLP's:
+norms, queries, keys, values and sums; gate, its activation, the other half and their product. Counted on what autograd
+holds (7.3 and 4.0; the attention matrix is never whole in memory). An MLP without a gate keeps half as much: four widths
+of it make the 34 bytes a unit of width in 16 bits of Korthikanti et al. 2022, "Reducing Activation Recomputation"."""
 _LOGIT_COPIES = 3
 """Logits, their float32 copy's softmax, and the gradient."""
 
@@ -35,7 +37,8 @@ def estimate(config: Mapping[str, Any], weights_bytes: int, spec: TrainingSpec) 
     trained = parameters if spec.full else adapter_parameters(config, spec.lora.r)
     per_weight = 4 if spec.full else per_weight
     kept_layers = 1 if spec.gradient_checkpointing else layers
-    activations = tokens * width * _ACTIVATION_BYTES * kept_layers * size // 2
+    inner = _int(config, "intermediate_size") or 4 * width
+    activations = tokens * (_KEPT_OF_WIDTH * width + _KEPT_OF_MLP * inner) * kept_layers * size
     if spec.gradient_checkpointing:
         activations += tokens * width * size * layers
     parts = {

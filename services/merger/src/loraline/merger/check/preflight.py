@@ -29,6 +29,8 @@ def checks(place: Place) -> Iterator[Finding]:
 
 def _of(folder: Path, found: FolderFinding) -> Finding:
     level = _LEVELS[found.severity]
-    reason = found.code if find(found.code) is not None else "MODEL_INCOMPLETE"
+    # A warning without an entry of its own has its message and remedy; what is missing files says is another matter.
+    of_its_own = find(found.code) is not None
+    reason = found.code if of_its_own else "MODEL_INCOMPLETE" if level == "failed" else ""
     said = f"{folder / found.file if found.file else folder}: {found.message} {found.remedy}"
     return Finding("model folder", level, said, "" if level == "ok" else reason)

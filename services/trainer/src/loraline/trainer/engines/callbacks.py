@@ -64,11 +64,17 @@ class LiveProgress(TrainerCallback):
         self.metrics: dict[str, float] = {}
         self.begin, self.first_step = clock(), 0
         self.last_time, self.last_tokens, self.last_step = self.begin, 0.0, 0
+        self._evaluated = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock; a resumed run counts from where it went on."""
         self.begin = self.last_time = self.clock()
         self.first_step = self.last_step = state.global_step
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave an evaluation, and the sample answers after it, out of the next step's time."""
+        if self._evaluated:
+            self.last_time, self._evaluated = self.clock(), False
 
     def on_log(
         self,
@@ -88,6 +94,7 @@ class LiveProgress(TrainerCallback):
                 self.metrics["samples_per_second"] = rows / self.metrics["step_seconds"]
         elif "eval_loss" in logs:
             self.metrics["eval_loss"] = float(logs["eval_loss"])
+            self._evaluated = True
         else:
             return
         done = state.global_step - self.first_step

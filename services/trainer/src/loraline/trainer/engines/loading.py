@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from loraline.core.errors import failed_precondition, invalid_argument, unsupported
@@ -145,7 +146,7 @@ def load_model(folder: Path, precision: Precision, *, remote_code: bool = False)
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=remote_code, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         message = f"The model {folder.name} cannot be loaded: {error}"
@@ -174,7 +175,7 @@ def load_adapter(model: Any, folder: Path, *, dropout: float) -> Any:
         # What the adapter calls its base may be a name that only a Hub knows; peft would ask for it.
         config.base_model_name_or_path = model.config.name_or_path
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         message = f"init_adapter cannot be put onto the base: {error}"
