@@ -11,8 +11,9 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "": 2}
 _KEPT_OF_WIDTH, _KEPT_OF_MLP = 8, 4
 """Numbers per token and layer that are kept for the backward pass, in units of the model's width and of its MLP's:
 norms, queries, keys, values and sums; gate, its activation, the other half and their product. Counted on what autograd
-holds (7.3 and 4.0; the attention matrix is never whole in memory). An MLP without a gate keeps half as much: four widths
-of it make the 34 bytes a unit of width in 16 bits of Korthikanti et al. 2022, "Reducing Activation Recomputation"."""
+holds (7.3 and 4.0; the attention matrix is never whole in memory). An MLP without a gate keeps half as much: four
+widths of it make the 34 bytes a unit of width in 16 bits of Korthikanti et al. 2022, "Reducing Activation
+Recomputation"."""
 _LOGIT_COPIES = 3
 """Logits, their float32 copy's softmax, and the gradient."""
 
