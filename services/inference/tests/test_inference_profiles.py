@@ -82,7 +82,9 @@ async def test_a_profile_over_grpc_chat(served: Served) -> None:
     request = ask("a boat please", temperature=1.0, max_tokens=160)
     request.profile = "mini"
     request.structured.retries = 3
+    before = served.metric("loraline_inference_profile_answers_total", profile="mini", outcome="ok")
     pieces = await served.chat(request)
+    assert served.metric("loraline_inference_profile_answers_total", profile="mini", outcome="ok") == before + 1
     assert set(json.loads("".join(piece.delta for piece in pieces))) == {"word", "boats"}
     fields = pb.ChatRequest(profile="mini")
     fields.profile_input.update({"harbour": "north"})

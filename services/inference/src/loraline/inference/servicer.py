@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
@@ -29,6 +29,7 @@ from loraline.inference.messages import (
 )
 from loraline.inference.profiles.calls import profile_question, profiles_page
 from loraline.inference.profiles.registry import Profiles
+from loraline.inference.profiles.streaming import counted
 from loraline.inference.question import Question
 from loraline.inference.sessions.calls import SessionCalls
 from loraline.inference.structured.answering import streamed, whole
@@ -77,7 +78,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
         """Answer a conversation in pieces."""
         named = False
-        async with aclosing(streamed(self._generation, self._chat_question(request))) as pieces:
+        question = self._chat_question(request)
+        async with (
+            counted(self._generation, request.profile) if request.profile else nullcontext(),
+            aclosing(streamed(self._generation, question)) as pieces,
+        ):
             async for answer, piece in pieces:
                 response = inference_pb2.ChatResponse(delta=piece.text, model="" if named else answer.model)
                 if piece.finish_reason:

@@ -29,7 +29,7 @@ class Event:
 
 async def answer_whole(generation: Generation, profile: Profile, question: Question) -> dict[str, Any]:
     """Return a profile's validated answer with its figures."""
-    async with _counted(generation, profile):
+    async with counted(generation, profile.name):
         answer = await whole(generation, question)
     return {"profile": profile.name, "answer": json.loads(answer.figures.text()), **figures_of(answer)}
 
@@ -39,7 +39,7 @@ async def events(generation: Generation, profile: Profile, question: Question) -
 
     An answer that fails is asked for again only while none of its items was sent: they cannot be taken back.
     """
-    async with _counted(generation, profile):
+    async with counted(generation, profile.name):
         for attempt in range(question.retries + 1):
             sent = 0
             try:
@@ -82,7 +82,8 @@ def figures_of(answer: Answer) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _counted(generation: Generation, profile: Profile) -> AsyncIterator[None]:
+async def counted(generation: Generation, profile: str) -> AsyncIterator[None]:
+    """Count an answer of the profile by how it ends, whichever way it was asked for."""
     outcome = "ok"
     try:
         yield
@@ -93,7 +94,7 @@ async def _counted(generation: Generation, profile: Profile) -> AsyncIterator[No
         outcome = "INTERNAL" if isinstance(error, Exception) else "cancelled"
         raise
     finally:
-        generation.metrics.profile_answers.labels(profile=profile.name, outcome=outcome).inc()
+        generation.metrics.profile_answers.labels(profile=profile, outcome=outcome).inc()
 
 
 def _item_shape(profile: Profile, shape: AnswerShape | None) -> AnswerShape | None:
